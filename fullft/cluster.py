@@ -1,0 +1,227 @@
+"""Which rank this process is, under any launcher, and the process group of all ranks.
+
+`discover` reads the environment that the launcher made: `deepspeed` and `torchrun` (RANK, WORLD_SIZE, ...), `srun`
+(SLURM_PROCID, ...) or `mpirun` (through mpi4py). A plain `python` is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from fullft.errors import EXIT_BAD_INPUT, BadInput
+
+_TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    rank: int
+    world_size: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    launcher: str  # deepspeed | torchrun | srun | mpirun | python
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} of {self.world_size} on {socket.gethostname()} (local rank {self.local_rank}), "
+            f"master {self.master_addr}:{self.master_port}, started by {self.launcher}"
+        )
+
+
+def discover(environment: Mapping[str, str] | None = None) -> Cluster:
+    """The place of this process among all ranks.
+
+    Raises:
+        BadInput: variables missing, not numbers, or contradicting each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env or "WORLD_SIZE" in env:
+        cluster = _from_torch(env)
+    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
+        cluster = _from_slurm(env)
+    elif _mpi_size(env) is not None:
+        cluster = _from_mpi()
+    elif "SLURM_JOB_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        raise BadInput(
+            f"job {env['SLURM_JOB_ID']} has SLURM_NTASKS={env['SLURM_NTASKS']}, but this process was not started by srun: "
+            "put `srun` before the command"
+        )
+    else:
+        port = env.get("MASTER_PORT") or _free_port()
+        cluster = Cluster(0, 1, 0, "127.0.0.1", int(port), "python")
+    if not 0 <= cluster.rank < cluster.world_size:
+        raise BadInput(f"{cluster.launcher} gave rank {cluster.rank} of {cluster.world_size}: must be 0 <= rank < world size")
+    return cluster
+
+
+def _from_torch(env: Mapping[str, str]) -> Cluster:
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed"
+    if missing := [name for name in _TORCH_VARIABLES if name not in env]:
+        given = ", ".join(name for name in _TORCH_VARIABLES if name in env)
+        raise BadInput(
+            f"environment has {given} but not {', '.join(missing)}: unset them all, or start with deepspeed, torchrun, "
+            "srun or mpirun"
+        )
+    rank, world, local = (_number(env, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    for name, size in (("mpirun", _mpi_size(env)), ("srun", _slurm_size(env))):
+        # Leftover RANK/WORLD_SIZE of a shell make every process rank 0 of 1, each training alone into the same folder.
+        if size is not None and size > 1 and world == 1:
+            raise BadInput(f"{name} started {size} processes, but WORLD_SIZE=1 is set: unset RANK and WORLD_SIZE first")
+    return Cluster(rank, world, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), launcher)
+
+
+def _from_slurm(env: Mapping[str, str]) -> Cluster:
+    rank, world, local = (_number(env, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
+    address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    # Same port on all ranks without talking: from the job and step number, outside the usual ephemeral range.
+    default_port = 15000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 15000
+    return Cluster(rank, world, local, address, int(env.get("MASTER_PORT", default_port)), "srun")
+
+
+def _from_mpi() -> Cluster:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise BadInput(f"started by mpirun, but mpi4py cannot load the MPI library: {error}") from None
+    world = MPI.COMM_WORLD
+    local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    mine = (_own_address(), _free_port()) if world.Get_rank() == 0 else None
+    address, port = world.bcast(mine, root=0)
+    cluster = Cluster(world.Get_rank(), world.Get_size(), local_rank, address, port, "mpirun")
+    # MPI has told all that we need. Left open, its finalisation at exit waits for ranks that have died.
+    MPI.Finalize()
+    return cluster
+
+
+def _mpi_size(env: Mapping[str, str]) -> int | None:
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if env.get(name, "").isdigit():
+            return int(env[name])
+    return None
+
+
+def _slurm_size(env: Mapping[str, str]) -> int | None:
+    return _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else None
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except (KeyError, ValueError):
+        raise BadInput(f"environment variable {name} must be a number, it is {env.get(name)!r}") from None
+
+
+def _first_host(nodelist: str) -> str:
+    """First host of a Slurm node list such as `gpu[007-009],login1`; what `scontrol show hostnames` prints first."""
+    if match := re.match(r"([^,\[]*)\[(\d+)[^\]]*\]([^,]*)", nodelist):
+        return "".join(match.groups())
+    return nodelist.split(",")[0]
+
+
+def _own_address() -> str:
+    """Address of this host as other hosts reach it; its name where nothing better is known."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))  # sends nothing; asks the routing table only
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(cluster: Cluster, timeout_minutes: float) -> None:
+    """Form the process group of all ranks through DeepSpeed: NCCL on GPUs, gloo on CPUs."""
+    os.environ.update(
+        RANK=str(cluster.rank), WORLD_SIZE=str(cluster.world_size), LOCAL_RANK=str(cluster.local_rank),
+        MASTER_ADDR=cluster.master_addr, MASTER_PORT=str(cluster.master_port),
+    )  # fmt: skip
+    import deepspeed
+    import deepspeed.ops
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    if get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile this op (27 s, and a killed build leaves a lock that hangs the next run) only for
+        # inference_all_reduce, which training never calls.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        visible = get_accelerator().device_count()
+        if cluster.local_rank >= visible:
+            raise BadInput(
+                f"local rank {cluster.local_rank} on {socket.gethostname()} has no GPU: {visible} visible; start at most "
+                f"{visible} processes on a node"
+            )
+        get_accelerator().set_device(cluster.local_rank)
+    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
+    if torch.distributed.get_world_size() != cluster.world_size:
+        raise RuntimeError(f"process group has {torch.distributed.get_world_size()} ranks, expected {cluster.world_size}")
+
+
+def leave() -> None:
+    """Close the process group, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def exit_now(code: int) -> None:
+    """End this process at once. Ordinary exit would wait for threads and collectives that other ranks no longer serve."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_bad_input(error: BadInput, cluster: Cluster | None) -> None:
+    """Report bad input once and end with code 2. The launcher ends the other ranks when the first one has reported."""
+    if cluster is None or cluster.is_main:
+        print(error.report(), file=sys.stderr, end="", flush=True)
+    else:
+        time.sleep(5)  # rank 0 meets the same error, unless it is one of this node alone
+        if cluster.local_rank == 0:
+            print(f"on {socket.gethostname()}: {error.report()}", file=sys.stderr, end="", flush=True)
+    exit_now(EXIT_BAD_INPUT)
+
+
+def sum_over_ranks(*values: float, device: str) -> list[float]:
+    """The sums of the values over all ranks, in one collective, as float64."""
+    import torch
+    import torch.distributed as dist
+
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return [float(value) for value in total.tolist()]
+
+
+def host_report() -> dict[str, str]:
+    """Versions and hardware of this host, for env.json."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    report = {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py")}
+    report |= {"python": platform.python_version(), "host": socket.gethostname(), "cpu_count": str(os.cpu_count())}
+    report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    report["git_commit"] = git.stdout.strip() or "unknown"
+    return report

@@ -1,0 +1,94 @@
+"""The DeepSpeed engine: its configuration filled from the recipe, and its start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fullft.data.batches import Geometry
+from fullft.errors import BadInput
+from fullft.recipe import Recipe
+
+_REPOSITORY = Path(__file__).parent.parent
+
+
+def geometry(recipe: Recipe, world_size: int) -> Geometry:
+    """Gradient accumulation from the global batch and the world size.
+
+    Raises:
+        BadInput: the global batch cannot be shared evenly.
+    """
+    size, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    accumulation, rest = divmod(size, micro * world_size)
+    if rest or not accumulation:
+        below, above = accumulation * micro * world_size, (accumulation + 1) * micro * world_size
+        choices = " or ".join(str(choice) for choice in (below, above) if choice)
+        raise BadInput(
+            f"train.global_batch_size: {size} sequences cannot be shared by {world_size} ranks × "
+            f"train.micro_batch_size {micro}: must be a multiple of {micro * world_size}, e.g. {choices}"
+        )
+    return Geometry(size, micro, accumulation, world_size, recipe.train.seed)
+
+
+def read_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration file, as it stands.
+
+    Raises:
+        BadInput: missing, not JSON, or not ZeRO stage 3.
+    """
+    path = Path(recipe.deepspeed)
+    if not path.exists() and not path.is_absolute():
+        path = _REPOSITORY / path
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise BadInput(f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_REPOSITORY})") from None
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
+    stage = config.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise BadInput(f"deepspeed: {recipe.deepspeed} has zero_optimization.stage {stage}; fullft shards with stage 3")
+    for ours, theirs in (("train.*", "optimizer"), ("train.schedule", "scheduler")):
+        if theirs in config:
+            raise BadInput(f"deepspeed: {recipe.deepspeed} has a section '{theirs}'; remove it, the recipe's {ours} decides")
+    return config
+
+
+def fill_config(
+    config: dict[str, Any], recipe: Recipe, plan: Geometry, hidden_size: int, precision: torch.dtype
+) -> dict[str, Any]:
+    """The configuration with every `auto` value filled, and with the keys whose defaults would change the numbers."""
+    zero = dict(config["zero_optimization"])
+    automatic = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }  # the rules of transformers' Trainer
+    zero |= {key: value for key, value in automatic.items() if zero.get(key) == "auto"}
+    return config | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "train_batch_size": plan.global_batch_size,
+        # Unset, DeepSpeed clips to 1.0.
+        "gradient_clipping": recipe.train.max_grad_norm,
+        "bf16": {"enabled": precision == torch.bfloat16},
+        # One engine.step() an optimizer step: the loop shows where the update is.
+        "managed_gradient_accumulation": False,
+        "steps_per_print": 2**31,
+    }
+
+
+def start(model: Any, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"

@@ -1,0 +1,28 @@
+"""The two ways a run ends early on purpose; both carry text for a person, and launch/train.py turns them into exit codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class BadInput(Exception):
+    """Something the user gave is wrong, found before training starts (exit code 2). Holds every problem found, not the first."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+    def report(self) -> str:
+        """All problems, one a line, under a count."""
+        count = len(self.problems)
+        return f"fullft: {count} problem{'s' if count > 1 else ''}, nothing was started:\n" + "".join(
+            f"  - {problem}\n" for problem in self.problems
+        )
+
+
+class TrainingStopped(Exception):
+    """Training cannot go on (exit code 1), e.g. the loss is not finite. Raised on all ranks at the same step."""

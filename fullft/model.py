@@ -1,0 +1,196 @@
+"""The base model: what can be known of it without loading it, its tokenizer, and loading it into ZeRO-3 shards."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import HfDeepSpeedConfig
+
+from fullft.errors import BadInput
+from fullft.recipe import Model, Recipe
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a model's config alone tells."""
+
+    architecture: str
+    parameters: int
+    largest_parameter: int  # elements
+    hidden_size: int
+    vocabulary_size: int
+    layers: int
+
+
+def device() -> str:
+    """`cuda:N` of this rank, or `cpu`."""
+    from deepspeed.accelerator import get_accelerator
+
+    return str(get_accelerator().current_device_name())
+
+
+def precision(recipe: Recipe) -> torch.dtype:
+    """dtype of weights and activations in forward and backward; the optimizer always updates fp32 weights."""
+    from deepspeed.accelerator import get_accelerator
+
+    on_gpu = get_accelerator().device_name() != "cpu"
+    chosen = recipe.train.precision if recipe.train.precision != "auto" else ("bf16" if on_gpu else "fp32")
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        BadInput: no folder or hub name, or a tokenizer without offsets (not a fast one).
+    """
+    _require_folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
+        raise BadInput(f"model.path: tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise BadInput(f"model.path: {model.path} has no tokenizer.json (a fast tokenizer), which loss masks need")
+    return tokenizer
+
+
+def _require_folder(model: Model) -> None:
+    """Local paths must exist; anything else is taken for a hub name."""
+    path = Path(model.path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BadInput(f"model.path: {path} has no config.json; it must be a Hugging Face model folder")
+    elif path.exists() or model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
+        raise BadInput(f"model.path: {path} is not a folder (relative paths start at {Path.cwd()}), nor a hub name (owner/name)")
+
+
+def on_meta(model: Model) -> PreTrainedModel:
+    """The model without storage, from its config alone.
+
+    Raises:
+        BadInput: the config is missing or no causal language model.
+    """
+    _require_folder(model)
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        with torch.device("meta"):
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    except Exception as error:  # as above
+        raise BadInput(f"model.path: {model.path} cannot be built from its config: {_first_line(error)}") from None
+    return built
+
+
+def facts(model: PreTrainedModel) -> Facts:
+    """Sizes of a model; shapes are enough."""
+    sizes = [math.prod(parameter.shape) for parameter in model.parameters()]
+    config = model.config.get_text_config()
+    return Facts(
+        architecture=type(model).__name__, parameters=sum(sizes), largest_parameter=max(sizes),
+        hidden_size=int(config.hidden_size), vocabulary_size=int(config.vocab_size),
+        layers=int(config.num_hidden_layers),
+    )  # fmt: skip
+
+
+def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
+    """Tensors of a local folder that do not fit the config, from the headers of its safetensors files.
+
+    Models whose files hold other tensors than the model (experts fused on loading) are left to transformers.
+    """
+    folder = Path(model.path)
+    converted = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(meta))
+    if not folder.is_dir() or converted:
+        return []
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return [] if list(folder.glob("*.bin")) else [f"model.path: {folder} holds no weights (*.safetensors)"]
+    found: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safetensors.safe_open(file, framework="pt") as tensors:
+                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError) as error:
+            return [f"model.path: {file} cannot be read, is it complete? {error}"]
+    wanted = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
+    prefix = f"{meta.base_model_prefix}."
+    found = {name if name in wanted else prefix + name: shape for name, shape in found.items()}
+    tied = set(meta.all_tied_weights_keys)
+    missing = [name for name in wanted if name not in found and name not in tied]
+    misshaped = [f"{name} {found[name]}, config says {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    problems = []
+    for what, names in (("lack tensors", missing), ("have tensors of other shapes", misshaped)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            problems.append(f"model.path: config and weights of {folder} disagree: the files {what}: {'; '.join(names[:_SHOWN])}{more}")
+    return problems
+
+
+def load(recipe: Recipe, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+    """The base model, loaded into ZeRO-3 shards by transformers (all ranks together).
+
+    Every parameter is trainable. `config.use_cache` is off while training; export turns it on again.
+
+    Raises:
+        BadInput: the weights do not fit the config.
+    """
+    # from_pretrained looks for this object to build under zero.Init; it holds a weak reference, so we keep a strong one.
+    handle = HfDeepSpeedConfig(deepspeed_config)
+    dtype = precision(recipe)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
+        attn_implementation=recipe.model.attention, dtype=dtype, output_loading_info=True,
+    )  # fmt: skip
+    model.fullft_deepspeed_handle = handle
+    if bad := sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]:
+        raise BadInput(f"model.path: weights of {recipe.model.path} do not fit its config: {'; '.join(bad[:_SHOWN])}")
+    model.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if parameter.ds_tensor.dtype != dtype:
+            raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
+    if recipe.train.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    return model
+
+
+@torch.no_grad()
+def require_documents_apart(engine: Any, attention: str) -> None:
+    """Run two packed documents, change the first, and see that the logits of the second stay. All ranks together.
+
+    Attention that ignores the document borders in position ids would train on contaminated context without a word.
+
+    Raises:
+        BadInput: they do not stay.
+    """
+    engine.eval()
+    second = [1, 2, 3, 4]
+    positions = torch.tensor([[0, 1, 2, 3] * 2], device=engine.device)
+    logits = []
+    for first in ([5, 6, 7, 5], [6, 5, 6, 7]):
+        ids = torch.tensor([first + second], device=engine.device)
+        logits.append(engine(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float())
+    engine.train()
+    change = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-6))
+    if change > 1e-3:
+        raise BadInput(
+            f"model.attention: with {attention}, {type(engine.module).__name__} lets packed documents see each other (logits "
+            f"change by {change:.1%}); choose another attention, or data.packing=false"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

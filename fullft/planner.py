@@ -1,0 +1,35 @@
+"""What a run will need, from the model's sizes alone: memory of the training state, and bytes on disk."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fullft.model import Facts
+from fullft.recipe import Recipe
+
+GIB = 2**30
+
+
+def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: bool) -> dict[str, Any]:
+    """Bytes of the training state of one rank (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
+
+    bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
+    fp32: 4 + 4 + 4 (DeepSpeed keeps a second fp32 copy) + 8 = 20. Activations and buffers come on top.
+    """
+    shard = math.ceil(facts.parameters / world_size)
+    low = 2 if bf16 else 4
+    state = {"weights": low * shard, "gradients": low * shard, "master_weights": 4 * shard, "adamw_moments": 8 * shard}
+    on_host = ("master_weights", "adamw_moments") if offload else ()
+    checkpoint = 12 * facts.parameters
+    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters
+    return {
+        "parameters": facts.parameters,
+        "world_size": world_size,
+        "state_bytes_per_rank": state,
+        "device_bytes_per_rank": sum(size for name, size in state.items() if name not in on_host),
+        "largest_gathered_parameter_bytes": low * facts.largest_parameter,
+        "checkpoint_bytes": checkpoint,
+        # One more than is kept exists while a checkpoint is written.
+        "run_folder_bytes": (recipe.checkpoint.keep + 1) * checkpoint + exported,
+    }

@@ -1,0 +1,148 @@
+"""All that can be checked before a process group exists: every problem of a run at once, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fullft import engine, model, planner
+from fullft.data.batches import Batches
+from fullft.data.cache import Documents, open_or_prepare
+from fullft.data.formats import source_files
+from fullft.errors import BadInput
+from fullft.export import rehearse
+from fullft.recipe import Recipe, Source, identity, load_recipe
+from fullft.retention.suite import Suite
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run trains on, ready: everything here is the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    facts: model.Facts
+    documents: Documents
+    batches: Batches
+    suite: Suite
+    total_steps: int
+    deepspeed_config: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def preflight(recipe: Recipe, world_size: int) -> Inputs:
+    """Check recipe, files, model, data and run folder against each other, and tokenize the data if the cache lacks it.
+
+    Raises:
+        BadInput: with every problem found.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return action(*arguments)
+        except BadInput as error:
+            problems.extend(error.problems)
+            return None
+
+    config = attempt(engine.read_config, recipe)
+    geometry = attempt(engine.geometry, recipe, world_size)
+    attempt(check_run_folder, recipe)
+    for source in _sources(recipe):
+        attempt(source_files, source)
+    meta = attempt(model.on_meta, recipe.model)
+    # A missing folder has been reported once; the tokenizer would report it again.
+    tokenizer = attempt(model.load_tokenizer, recipe.model) if meta is not None else None
+    if meta is not None:
+        problems += model.weight_problems(recipe.model, meta)
+    if meta is not None and tokenizer is not None:
+        problems += _vocabulary_problems(meta, tokenizer)
+        attempt(rehearse, meta, tokenizer)
+    if problems or config is None or geometry is None or meta is None or tokenizer is None:
+        raise BadInput(problems)
+
+    facts = model.facts(meta)
+    bf16 = model.precision(recipe) == torch.bfloat16
+    planned = planner.plan(recipe, facts, world_size, bf16, engine.offloads_optimizer(config))
+    problems += _room_problems(recipe, planned)
+    suite = attempt(Suite, recipe, tokenizer)
+    documents = attempt(open_or_prepare, recipe.data.train, recipe.data, tokenizer, recipe.cache_folder)
+    if problems or suite is None or documents is None:
+        raise BadInput(problems)
+
+    batches = Batches(documents, recipe.data.sequence_length, recipe.data.packing, geometry)
+    total = recipe.train.steps or math.ceil((recipe.train.epochs or 1.0) * len(batches) / geometry.global_batch_size)
+    filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, model.precision(recipe))
+    planned |= {
+        "steps": total, "sequences": len(batches), "gradient_accumulation_steps": geometry.accumulation,
+        "micro_batch_size": geometry.micro_batch_size,
+    }  # fmt: skip
+    return Inputs(tokenizer, facts, documents, batches, suite, total, filled, planned)
+
+
+def check_run_folder(recipe: Recipe) -> None:
+    """A run folder is new, or of the same experiment.
+
+    Raises:
+        BadInput: it belongs to another recipe, is no run folder, or may not be resumed.
+    """
+    folder = recipe.run_folder
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / "recipe.yaml").exists():
+        raise BadInput(f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten")
+    if recipe.checkpoint.resume == "never":
+        raise BadInput(f"run_dir: {folder} holds a run and checkpoint.resume is never; choose another run_dir, or resume=auto")
+    before, now = identity(load_recipe(folder / "recipe.yaml")), identity(recipe)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if changed:
+        listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise BadInput(f"run_dir: {folder} belongs to another recipe ({listed}); choose another run_dir, nothing is overwritten")
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the run of this folder has ended well."""
+    state = recipe.run_folder / "state.json"
+    return state.exists() and json.loads(state.read_text()).get("status") == "done"
+
+
+def _sources(recipe: Recipe) -> list[Source]:
+    return [*recipe.data.train, *recipe.data.validation, *(task.data for task in recipe.retention.tasks)]
+
+
+def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    rows = meta.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values())
+    if highest < rows:
+        return []
+    return [f"model.path: the tokenizer has token ids up to {highest}, the model's embedding only {rows} rows"]
+
+
+def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
+    problems = []
+    existing = next(path for path in (recipe.run_folder, *recipe.run_folder.absolute().parents) if Path(path).exists())
+    free = shutil.disk_usage(existing).free
+    held = sum(file.stat().st_size for file in recipe.run_folder.rglob("*") if file.is_file())
+    if (need := planned["run_folder_bytes"] - held) > free:
+        problems.append(
+            f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, {free / planner.GIB:.1f} GiB "
+            "are free; free some, or lower checkpoint.keep"
+        )
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        if (need := planned["device_bytes_per_rank"]) > memory:
+            fewest = math.ceil(planned["world_size"] * need / memory)
+            problems.append(
+                f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they have "
+                f"{memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or use deepspeed=ds_configs/zero3_offload.json"
+            )
+    return problems

@@ -1,0 +1,345 @@
+"""The recipe: every key of a run with its default, unit and rule. One YAML file plus `key.path=value` overrides.
+
+The recipe says *what* is trained; the cluster says how. The same recipe on another number of GPUs makes the same
+optimisation steps, because the global batch is a key and gradient accumulation is derived from it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fullft.errors import BadInput
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    path: str = Field(description="Hugging Face folder or hub name of the base model")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "sdpa", description="attention implementation of transformers; all of these keep packed documents apart"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Source(Section):
+    """One data set. In a recipe a bare string stands for `{path: string}`."""
+
+    path: str = Field(description=".jsonl, .json or .parquet file, a glob of them, an Arrow folder, or a hub name")
+    split: str = Field("train", description="split of an Arrow folder or hub data set")
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field("auto", description="shape of a row")
+    fields: dict[str, str] = Field({}, description="our field name: name of the column in the data, e.g. {output: answer}")
+    limit: int | None = Field(None, ge=1, description="take only the first rows")
+
+
+def _as_source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+SourceLike = Annotated[Source, BeforeValidator(_as_source)]
+Sources = Annotated[list[SourceLike], BeforeValidator(_as_list)]
+
+
+class Data(Section):
+    train: Sources = Field(min_length=1, description="training sets")
+    validation: Sources = Field([], description="held-out rows of the new task; their loss is logged as eval/loss")
+    sequence_length: int = Field(2048, ge=8, description="tokens of one sequence (one packed bin or one row)")
+    packing: bool = Field(True, description="fill sequences with several documents; attention never crosses documents")
+    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of chat rows carry loss")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be used: stop, or skip and count")
+    on_too_long: Literal["error", "drop", "truncate", "split"] = Field(
+        "error", description="rows above sequence_length: stop, drop, cut the end, or split into several documents"
+    )
+    cache_dir: str | None = Field(None, description="tokenized data; default: `cache` beside the run folder")
+
+
+class Train(Section):
+    epochs: float | None = Field(None, gt=0, description="passes over the training data (default 1; or give steps)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
+    global_batch_size: int = Field(64, ge=1, description="sequences of one optimizer step, over all GPUs")
+    micro_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one GPU")
+    learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
+    min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or linear schedule")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: float = Field(0.03, ge=0, description="optimizer steps of linear warm-up; below 1: share of all steps")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
+    no_decay: list[Literal["norm", "bias", "embedding"]] = Field(
+        ["norm", "bias", "embedding"], description="kinds of parameters without weight decay"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0: no clipping")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="bf16 keeps fp32 master weights; auto: bf16 on GPU, fp32 on CPU"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, 25 % slower")
+    seed: int = Field(42, ge=0)
+    timeout_minutes: float = Field(30, gt=0, description="a collective that waits longer ends the run")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give train.steps or train.epochs, not both")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        return self
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; one more at the end")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto: go on from the newest valid checkpoint of the run folder; never: refuse a used folder"
+    )
+
+
+class Task(Section):
+    """One thing measured before, during and after training, on the same items."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="stands in file names and metric names")
+    kind: Literal["text", "generate"] = Field(
+        description="text: perplexity and token accuracy; generate: greedy answer compared with the last assistant turn"
+    )
+    measures: Literal["retention", "skill"] = Field(
+        "retention", description="retention: what the base model could do; skill: what it is to learn"
+    )
+    data: SourceLike
+    answer_pattern: str | None = Field(
+        None, description="regular expression; its last match (group 1 if any) in answer and reference is compared"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="longest generated answer, tokens")
+
+
+class Retention(Section):
+    every_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; default: only first and last")
+    tasks: list[Task] = Field([], description="tasks, each evaluated before the first step, while training and at the end")
+    generation_batch_size: int = Field(32, ge=1, description="prompts generated at once on one GPU")
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> Retention:
+        names = [task.name for task in self.tasks]
+        twice = sorted({name for name in names if names.count(name) > 1} | ({"validation"} & set(names)))
+        if twice:
+            raise ValueError(f"task names must differ from each other and from 'validation': {', '.join(twice)}")
+        return self
+
+
+class Tracking(Section):
+    every_steps: int = Field(1, ge=1, description="optimizer steps between logged rows")
+    wandb: Literal["online", "offline", "disabled"] = Field("online", description="Weights & Biases; WANDB_MODE overrides it")
+    project: str = Field("fullft", description="W&B project; WANDB_PROJECT overrides it")
+    name: str | None = Field(None, description="W&B run name; default: name of the run folder")
+    tags: list[str] = []
+
+
+class Export(Section):
+    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported weights")
+    max_shard_gb: float = Field(5, gt=0, description="largest weight file, GB")
+
+
+class Recipe(Section):
+    run_dir: str = Field(description="folder of this run; resumed or refused when it exists, never overwritten")
+    model: Model
+    data: Data
+    train: Train = Train()  # type: ignore[call-arg]
+    checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
+    retention: Retention = Retention()  # type: ignore[call-arg]
+    tracking: Tracking = Tracking()  # type: ignore[call-arg]
+    export: Export = Export()  # type: ignore[call-arg]
+    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed configuration; its `auto` values are filled in")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run_dir)
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.data.cache_dir) if self.data.cache_dir else self.run_folder.parent / "cache"
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
+_MAY_CHANGE_ON_RESUME = (
+    "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "train.micro_batch_size",
+    "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size", "model.trust_remote_code",
+)  # fmt: skip
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The keys (dotted) that make two runs the same experiment."""
+    return {key: value for key, value in _flatten(recipe.model_dump(mode="json")) if not key.startswith(_MAY_CHANGE_ON_RESUME)}
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 (16 hex digits) of `identity`."""
+    return hashlib.sha256(json.dumps(identity(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `key.path=value` overrides (values are YAML) and validate it.
+
+    Raises:
+        BadInput: with every problem found, each with its key.
+    """
+    return parse_recipe(_read_yaml(Path(path)), overrides)
+
+
+def parse_recipe(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Validate a recipe given as nested dicts; see `load_recipe`."""
+    problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(item) for item in error.errors()]
+    if problems:
+        raise BadInput(problems)
+    return recipe
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys without a word; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.YAMLError(f"key '{key}' is given twice, line {key_node.start_mark.line + 1}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+    except FileNotFoundError:
+        raise BadInput(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise BadInput(f"recipe {path} is empty or not a mapping of sections")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], text: str) -> str | None:
+    """Set one `key.path=value` in place; returns the problem, if any."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return f"'{text}' is not an override: write key.path=value"
+    *parents, last = key.strip().lstrip("-").split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node[part] = node[part] if node.get(part) is not None else {}
+            node = node[part]
+        else:
+            return f"override {key}: '{part}' does not exist in the recipe"
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        return f"override {key}: value is not valid YAML: {error}"
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = parsed
+    elif isinstance(node, dict):
+        node[last] = parsed
+    else:
+        return f"override {key}: '{last}' does not exist in the recipe"
+    return None
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as `key: what is wrong; what to do`."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(key)}"
+    if item["type"] == "missing":
+        return f"{key}: must be given"
+    message = item["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(item["input"], dict | BaseModel) else f" (given: {item['input']!r})"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _suggestion(key: str) -> str:
+    """Where an unknown key belongs: by what Trainer, TRL or Axolotl call it, or by spelling."""
+    known = [name for name, _ in _schema_keys(Recipe)]
+    last = key.rsplit(".", 1)[-1]
+    if (ours := _NAMES_ELSEWHERE.get(last)) and ours != key:
+        return f"; it is called {ours} here"
+    same_section = [name for name in known if name.rpartition(".")[0] == _without_indices(key).rpartition(".")[0]]
+    for candidates in (same_section, known):
+        by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(candidates)}
+        if near := difflib.get_close_matches(last, by_last, n=1, cutoff=0.6):
+            return f"; did you mean {by_last[near[0]]}?"
+    return f"; keys here are: {', '.join(name.rsplit('.', 1)[-1] for name in same_section)}" if same_section else ""
+
+
+def _without_indices(key: str) -> str:
+    return ".".join(part for part in key.split(".") if not part.isdigit())
+
+
+def _schema_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All dotted keys of a section, list items under their list's name, with pydantic's field information."""
+    for name, field in section.model_fields.items():
+        yield prefix + name, field
+        for inner in _sections_in(field.annotation):
+            yield from _schema_keys(inner, f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _sections_in(argument)
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}{key}.")
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        for index, inner in enumerate(value):
+            yield from _flatten(inner, f"{prefix}{index}.")
+    else:
+        yield prefix.rstrip("."), value
+
+
+_NAMES_ELSEWHERE = {
+    "model_name_or_path": "model.path", "base_model": "model.path", "attn_implementation": "model.attention",
+    "dataset": "data.train", "datasets": "data.train", "dataset_name": "data.train", "val_files": "data.validation",
+    "eval_dataset": "data.validation", "max_length": "data.sequence_length", "max_seq_length": "data.sequence_length",
+    "sequence_len": "data.sequence_length", "cutoff_len": "data.sequence_length", "sample_packing": "data.packing",
+    "assistant_only_loss": "data.train_on", "train_on_inputs": "data.train_on", "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs", "max_steps": "train.steps", "train_iters": "train.steps", "lr": "train.learning_rate",
+    "lr_scheduler_type": "train.schedule", "lr_scheduler": "train.schedule", "warmup_ratio": "train.warmup_steps",
+    "per_device_train_batch_size": "train.micro_batch_size (the batch over all GPUs is train.global_batch_size)",
+    "gradient_accumulation_steps": "nothing (derived from train.global_batch_size and the number of GPUs);"
+    " the global batch is train.global_batch_size",
+    "adam_beta1": "train.beta1", "adam_beta2": "train.beta2", "adam_epsilon": "train.eps", "bf16": "train.precision",
+    "gradient_clipping": "train.max_grad_norm", "gradient_checkpointing": "train.activation_checkpointing",
+    "output_dir": "run_dir", "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume", "logging_steps": "tracking.every_steps",
+    "eval_steps": "retention.every_steps", "report_to": "tracking.wandb", "wandb_project": "tracking.project",
+    "run_name": "tracking.name", "wandb_name": "tracking.name",
+}  # fmt: skip

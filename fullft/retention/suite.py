@@ -1,0 +1,313 @@
+"""Tasks, and running them on all ranks of the live ZeRO-3 engine.
+
+Every forward under ZeRO-3 is a collective, so all ranks must run equally many. Items are cut into the same batches on
+every rank; rank r runs batches r, r + W, ...; a rank that has one fewer runs its last batch again and throws the
+result away. Batches do not depend on the world size, so neither do the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from fullft.data.cache import require_chat_template, row_tokens
+from fullft.data.formats import BadRow, Conversation, Row, Text, parse_row, read_rows
+from fullft.data.tokens import beginning, encode, render
+from fullft.errors import BadInput
+from fullft.loss import IGNORE, labelled_logits
+from fullft.recipe import Recipe, Source, Task
+
+VALIDATION = "validation"  # name of the task that data.validation makes
+_SAMPLES_KEPT = 20
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure, fixed for the whole run; `key` identifies it across evaluations."""
+
+    key: str
+    windows: list[tuple[list[int], list[int]]] = field(default_factory=list)  # text: (input ids, labels)
+    text_bytes: int = 0  # text: UTF-8 bytes that the labels spell, 0 for chats
+    prompt: list[int] = field(default_factory=list)  # generate
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    name: str
+    kind: str
+    measures: str
+    items: list[Item]
+    task: Task | None = None
+
+
+class Suite:
+    """All tasks of a run, prepared once."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Read and tokenize every task's items.
+
+        Raises:
+            BadInput: tasks without usable items, all of them named.
+        """
+        self.folder = recipe.run_folder / "retention"
+        self.samples = recipe.run_folder / "samples"
+        self.tokenizer = tokenizer
+        self.width = recipe.data.sequence_length
+        self.text_batch_size = recipe.train.micro_batch_size
+        self.generation_batch_size = recipe.retention.generation_batch_size
+        self.tasks: list[Prepared] = []
+        problems: list[str] = []
+        if recipe.data.validation:
+            self._add(problems, VALIDATION, "text", "skill", recipe.data.validation, recipe.data.train_on)
+        for task in recipe.retention.tasks:
+            self._add(problems, task.name, task.kind, task.measures, [task.data], recipe.data.train_on, task)
+        if problems:
+            raise BadInput(problems)
+
+    def _add(
+        self, problems: list[str], name: str, kind: str, measures: str, sources: Sequence[Source], train_on: str,
+        task: Task | None = None,
+    ) -> None:  # fmt: skip
+        items: list[Item] = []
+        bad: list[str] = []
+        try:
+            for source in sources:
+                for row in read_rows(source):
+                    try:
+                        if kind == "generate" and task is not None:
+                            items.append(self._generate_item(row, source, task))
+                        else:
+                            items.append(self._text_item(row, source, train_on))
+                    except BadRow as error:
+                        bad.append(f"task {name}: {row.where}: {error}")
+        except BadInput as error:
+            problems += [f"task {name}: {problem}" for problem in error.problems]
+            return
+        if bad:
+            problems += [f"task {name}: {len(bad)} of {len(bad) + len(items)} rows cannot be used", *bad[:5]]
+        elif not items:
+            problems.append(f"task {name}: has no rows")
+        self.tasks.append(Prepared(name, kind, measures, items, task))
+
+    def _text_item(self, row: Row, source: Source, train_on: str) -> Item:
+        tokens = row_tokens(row, source, self.tokenizer, train_on)
+        example = parse_row(row.value or {}, source)
+        if isinstance(example, Conversation) or example.prompt:
+            return Item(_key(row), rolling_windows(tokens.ids, tokens.trained, self.width))
+        # Every token of plain text is scored, the first one from BOS (or EOS), and no end token, as lm-eval does.
+        start = beginning(self.tokenizer) or (self.tokenizer.eos_token_id,)
+        ids = [token for token in start if token is not None] + encode(self.tokenizer, example.text)
+        trained = [False] + [True] * (len(ids) - 1)
+        return Item(_key(row), rolling_windows(ids, trained, self.width), len(example.text.encode()))
+
+    def _generate_item(self, row: Row, source: Source, task: Task) -> Item:
+        if row.value is None:
+            raise BadRow(row.problem)
+        example = parse_row(row.value, source)
+        if isinstance(example, Conversation):
+            *before, last = example.messages
+            if last["role"] != "assistant" or not isinstance(last.get("content"), str):
+                raise BadRow("its last message is not an assistant's text to compare with")
+            require_chat_template(self.tokenizer, row)
+            text = render(self.tokenizer, before, example.tools, add_generation_prompt=True)
+            item = Item(_key(row), prompt=encode(self.tokenizer, text), reference=last["content"])
+        elif example.prompt:
+            prompt = [*beginning(self.tokenizer), *encode(self.tokenizer, example.prompt)]
+            item = Item(_key(row), prompt=prompt, reference=example.text)
+        else:
+            raise BadRow("is plain text: there is no prompt to answer")
+        if _answer(item.reference, task) is None:
+            raise BadRow(f"answer_pattern {task.answer_pattern!r} is not in its reference answer")
+        return item
+
+    def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
+        """Run every task, write retention/step-….json, its items and samples/, and return the content of the former."""
+        base = None if step == 0 else json.loads((self.folder / f"{_file_name(0)}.json").read_text())["tasks"]
+        engine.eval()
+        results = {}
+        for prepared in self.tasks:
+            run = _run_text if prepared.kind == "text" else _run_generate
+            items = run(engine, prepared, self)
+            results[prepared.name] = _score(prepared, items)
+            if dist.get_rank() == 0:
+                self._write_items(prepared, step, items)
+        engine.train()
+        for name, result in results.items():
+            result["base"] = base[name]["score"] if base else result["score"]
+            worse = result["base"] - result["score"] if result["higher_is_better"] else result["score"] - result["base"]
+            result["drop"] = worse
+        report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
+        if dist.get_rank() == 0:
+            _write_json(self.folder / f"{_file_name(step)}.json", report)
+        return report
+
+    def _write_items(self, prepared: Prepared, step: int, items: list[dict[str, Any]]) -> None:
+        lines = [json.dumps({"item": number, "hash": item.key} | result) for number, (item, result) in enumerate(zip(prepared.items, items, strict=True))]
+        folder = self.folder / "items"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(lines) + "\n")
+        if prepared.kind == "generate":
+            self.samples.mkdir(parents=True, exist_ok=True)
+            shown = [
+                json.dumps({"prompt": self.tokenizer.decode(item.prompt), "reference": item.reference} | result)
+                for item, result in zip(prepared.items[:_SAMPLES_KEPT], items, strict=False)
+            ]
+            (self.samples / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(shown) + "\n")
+
+
+def rolling_windows(ids: list[int], trained: list[bool], width: int) -> list[tuple[list[int], list[int]]]:
+    """Inputs and labels, at most `width` long, in which every trained token is a label exactly once.
+
+    The last window is filled up with context from the left (as lm-evaluation-harness does).
+    """
+    windows = []
+    count = len(ids) - 1  # predictions
+    for start in range(0, count, width):
+        end = min(start + width, count)
+        first = max(0, end - width)
+        labels = [ids[i + 1] if i >= start and trained[i + 1] else IGNORE for i in range(first, end)]
+        if any(label != IGNORE for label in labels):
+            windows.append((ids[first:end], labels))
+    return windows
+
+
+def _share(count: int, run: Callable[[int], Any]) -> list[Any]:
+    """[run(0), ..., run(count - 1)] with the calls dealt out to the ranks, equally many on each; the list on every rank."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = {}
+    for batch in range(rank, count + (-count) % world, world):
+        result = run(min(batch, count - 1))
+        if batch < count:
+            mine[batch] = result
+    parts: list[Any] = [None] * world
+    dist.all_gather_object(parts, mine)
+    merged = {batch: result for part in parts for batch, result in part.items()}
+    return [merged[batch] for batch in range(count)]
+
+
+def _batched(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Indices by falling length in batches of `size`: little padding, and the largest batch comes first."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _run_text(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, Any]]:
+    """Per item: sum of ln p of its labels (nats), number of labels, how many were the likeliest token."""
+    windows = [(number, window) for number, item in enumerate(prepared.items) for window in item.windows]
+    batches = _batched([len(ids) for _, (ids, _) in windows], suite.text_batch_size)
+
+    @torch.no_grad()
+    def run(batch: int) -> list[tuple[int, float, int, int]]:
+        chosen = [windows[index] for index in batches[batch]]
+        width = max(len(ids) for _, (ids, _) in chosen)
+        padded = [(ids + [0] * (width - len(ids)), labels + [IGNORE] * (width - len(labels))) for _, (ids, labels) in chosen]
+        ids, labels = (torch.tensor(column, device=engine.device) for column in zip(*padded, strict=True))
+        positions = torch.arange(width, device=engine.device).expand_as(ids)
+        logits, labels = labelled_logits(engine, ids, positions, labels)
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        hits = (logits.argmax(-1) == labels) & (labels != IGNORE)
+        sums = zip(losses.double().sum(1).tolist(), (labels != IGNORE).sum(1).tolist(), hits.sum(1).tolist(), strict=True)
+        return [(number, -nats, tokens, right) for (number, _), (nats, tokens, right) in zip(chosen, sums, strict=True)]
+
+    totals = [{"logprob": 0.0, "n_tokens": 0, "n_correct": 0, "n_bytes": item.text_bytes} for item in prepared.items]
+    for number, logprob, tokens, right in sorted(part for result in _share(len(batches), run) for part in result):
+        totals[number]["logprob"] += logprob
+        totals[number]["n_tokens"] += tokens
+        totals[number]["n_correct"] += right
+    return totals
+
+
+def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, Any]]:
+    """Per item: the greedy answer, and whether it equals the reference."""
+    assert prepared.task is not None
+    task, tokenizer = prepared.task, suite.tokenizer
+    stop = engine.module.generation_config.eos_token_id
+    stops = {token for token in (stop if isinstance(stop, list) else [stop]) + [tokenizer.eos_token_id] if token is not None}
+    padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    batches = _batched([len(item.prompt) for item in prepared.items], suite.generation_batch_size)
+
+    @torch.no_grad()
+    def run(batch: int) -> list[tuple[int, str]]:
+        prompts = [prepared.items[index].prompt for index in batches[batch]]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=engine.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
+        # synced_gpus: ranks whose answers end early go on running the forwards that the others need.
+        answers = engine.module.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens,
+            eos_token_id=sorted(stops) or None, pad_token_id=padding, synced_gpus=dist.get_world_size() > 1,
+            temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+        texts = tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
+        return list(zip(batches[batch], texts, strict=True))
+
+    texts = dict(pair for result in _share(len(batches), run) for pair in result)
+    return [
+        {"correct": _answer(texts[number], task) == _answer(item.reference, task), "generation": texts[number]}
+        for number, item in enumerate(prepared.items)
+    ]  # a reference has always an answer, so None (no match) is never correct
+
+
+def _answer(text: str, task: Task) -> str | None:
+    """The part of a text that is compared; None when the pattern is not in it."""
+    if task.answer_pattern is None:
+        return text.strip()
+    found = list(re.finditer(task.answer_pattern, text))
+    if not found:
+        return None
+    return (found[-1].group(1) if found[-1].re.groups else found[-1].group(0)).strip()
+
+
+def _score(prepared: Prepared, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The task's numbers from its items: `score` in `metric`, and more in `extra`."""
+    common = {"kind": prepared.kind, "measures": prepared.measures, "n": len(items)}
+    if prepared.kind == "generate":
+        share = sum(item["correct"] for item in items) / len(items)
+        se = math.sqrt(share * (1 - share) / len(items))
+        return common | {"metric": "exact_match", "higher_is_better": True, "score": share, "se": se, "extra": {}}
+    nats = -sum(item["logprob"] for item in items)
+    tokens = sum(item["n_tokens"] for item in items)
+    loss = nats / tokens
+    extra = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
+    extra["token_accuracy"] = sum(item["n_correct"] for item in items) / tokens
+    if all(item["n_bytes"] for item in items):
+        bits = nats / math.log(2) / sum(item["n_bytes"] for item in items)
+        return common | {"metric": "bits_per_byte", "higher_is_better": False, "score": bits, "extra": extra}
+    return common | {"metric": "loss", "higher_is_better": False, "score": loss, "extra": extra}
+
+
+def flat_metrics(report: dict[str, Any]) -> dict[str, float]:
+    """The report as metric names: retention/<task>/…, skill/<task>/…, and eval/… for data.validation."""
+    metrics = {}
+    for name, task in report["tasks"].items():
+        prefix = "eval" if name == VALIDATION else f"{task['measures']}/{name}"
+        metrics |= {f"{prefix}/{task['metric']}": task["score"], f"{prefix}/drop": task["drop"]}
+        metrics |= {f"{prefix}/{key}": value for key, value in task["extra"].items() if key != "tokens"}
+    return metrics
+
+
+def _key(row: Row) -> str:
+    return hashlib.sha256(json.dumps(row.value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _file_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(content, indent=1))
+    partial.rename(path)

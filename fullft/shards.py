@@ -1,0 +1,75 @@
+"""How ZeRO-3 cuts a parameter, known here and nowhere else.
+
+Rank r of W holds the elements [r·c, (r+1)·c) of the flattened parameter, c = ceil(numel / W); the last shards are
+padded to c. That is also how `DTensor` shards dimension 0, so a shard without its padding is the local part of a 1-D
+DTensor, which PyTorch's distributed checkpoints save from one world size and load into another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+STATES = ("weight", "exp_avg", "exp_avg_sq")
+
+
+def mesh_of_all_ranks(device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (dist.get_world_size(),))
+
+
+def local_part(parameter: Any) -> slice:
+    """Elements of this rank's shard that are not padding."""
+    width = parameter.ds_tensor.numel()
+    return slice(0, max(0, min(width, parameter.ds_numel - dist.get_rank() * width)))
+
+
+def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
+    """(name, parameter, {state: shard [c] fp32}) of every parameter; the shards are the optimizer's own memory."""
+    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+    for name, parameter in engine.module.named_parameters():
+        shards = {"weight": safe_get_local_fp32_param(parameter)}
+        shards |= {state: safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]}
+        yield name, parameter, shards
+
+
+def to_dtensor(shard: torch.Tensor, parameter: Any, mesh: DeviceMesh) -> DTensor:
+    """A shard [c] as the local part of a DTensor [numel] over the mesh; shares the shard's memory."""
+    return DTensor.from_local(
+        shard[local_part(parameter)], mesh, [Shard(0)], run_check=False, shape=torch.Size([parameter.ds_numel]), stride=(1,)
+    )
+
+
+def allocate_optimizer_states(engine: Any) -> None:
+    """Make AdamW's moments, which torch makes only in its first step, so that a checkpoint can be read into them."""
+    optimizer = engine.optimizer
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        state = optimizer.optimizer.state[flat]
+        if "exp_avg" not in state:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """The step count of AdamW's bias correction, one tensor per flat group: shared, it would advance once per group."""
+    optimizer = engine.optimizer
+    for flat in optimizer.fp32_partitioned_groups_flat:
+        fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)
+        count = torch.tensor(float(step), device=flat.device if fused else "cpu")
+        is_torch = isinstance(optimizer.optimizer, torch.optim.Optimizer) and "DeepSpeed" not in type(optimizer.optimizer).__name__
+        optimizer.optimizer.state[flat]["step"] = count if is_torch else step
+
+
+@torch.no_grad()
+def refresh_model_from_optimizer(engine: Any) -> None:
+    """After the fp32 shards have changed: copy them to the shards that forward uses, and gather resident parameters anew."""
+    for name, parameter, shards in optimizer_shards(engine):
+        del name
+        parameter.ds_tensor.copy_(shards["weight"])
+    if resident := engine.optimizer.persistent_parameters:
+        resident[0].partition(resident)
+        resident[0].all_gather(resident)

@@ -1,0 +1,134 @@
+"""Where numbers go: `metrics.jsonl` in the run folder, Weights & Biases, and a progress bar or lines. Rank 0 only.
+
+metrics.jsonl is the record; W&B is sent the same rows. Nothing that W&B does can end a run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fullft.recipe import Recipe
+
+
+class Tracker:
+    """Logs rows of one run. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, recipe: Recipe, is_main: bool, total_steps: int, resumed_step: int) -> None:
+        self.is_main = is_main
+        self._run: Any = None
+        if not is_main:
+            return
+        self._file = recipe.run_folder / "metrics.jsonl"
+        self._last_step_sent = _cut_back(self._file, resumed_step)
+        self._run = _start_wandb(recipe)
+        self._total_steps = total_steps
+        self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._started, self._first_step = time.monotonic(), resumed_step
+
+    def log(self, step: int, row: dict[str, Any], show: str) -> None:
+        """Record a row of metrics of optimizer step `step`, and show a short text on the terminal."""
+        if not self.is_main:
+            return
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step} | row) + "\n")
+        # W&B's history only grows: rows of steps that were already sent before a crash would be shifted to new ones.
+        if self._run is not None and step > self._last_step_sent:
+            self._guarded(lambda run: run.log(row, step=step))
+        if self._bar.disable:
+            print(f"step {step}/{self._total_steps}  {show}{self._remaining(step)}", flush=True)
+        else:
+            self._bar.set_postfix_str(show, refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the progress bar."""
+        if self.is_main:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
+        """A table in W&B (generated samples, retention)."""
+        if self._run is not None and step > self._last_step_sent:
+            import wandb
+
+            self._guarded(lambda run: run.log({f"tables/{name}": wandb.Table(columns=columns, data=rows)}, step=step))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        if self.is_main:
+            self._bar.close()
+        if self._run is not None:
+            self._guarded(lambda run: run.summary.update(summary))
+            self._guarded(lambda run: run.finish())
+
+    def _guarded(self, action: Callable[[Any], Any]) -> None:
+        try:
+            action(self._run)
+        except Exception as error:  # a dead wandb-core raises into the caller
+            self._run = None
+            self.say(f"W&B stopped working, training goes on without it; metrics.jsonl has every row ({error})")
+
+    def _remaining(self, step: int) -> str:
+        if step <= self._first_step or step >= self._total_steps:
+            return ""
+        seconds = (time.monotonic() - self._started) / (step - self._first_step) * (self._total_steps - step)
+        minutes, seconds = divmod(int(seconds), 60)
+        return f"  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+
+
+def _cut_back(file: Path, step: int) -> int:
+    """Remove rows after `step`, which will be logged again; returns the last step that was there."""
+    if not file.exists():
+        return -1
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    kept = [row for row in rows if row["step"] <= step]
+    partial = file.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    partial.rename(file)
+    return max((row["step"] for row in rows), default=-1)
+
+
+def _start_wandb(recipe: Recipe) -> Any:
+    """The W&B run of this run folder: its id is kept there, so a resumed run goes on in the same one."""
+    mode = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    if mode == "online" and not wandb.api.api_key:
+        print("W&B: no API key (run `wandb login`), so this run is tracked offline", flush=True)
+        mode = "offline"
+    id_file = recipe.run_folder / "wandb_run_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    os.environ.setdefault("WANDB_SILENT", "true")
+    arguments: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", recipe.tracking.project),
+        "name": recipe.tracking.name or recipe.run_folder.name, "id": id_file.read_text().strip(), "resume": "allow",
+        "dir": recipe.run_folder, "config": recipe.model_dump(mode="json"), "tags": recipe.tracking.tags,
+    }  # fmt: skip
+    settings = wandb.Settings(
+        init_timeout=20, finish_timeout=60, x_transaction_log_flush_interval=1, console="off", silent=True
+    )
+    try:
+        run = wandb.init(mode=mode, settings=settings, **arguments)
+    except Exception as error:
+        print(f"W&B cannot be reached, so this run is tracked offline ({error})", flush=True)
+        try:
+            wandb.teardown()
+            run = wandb.init(mode="offline", settings=settings, **arguments)
+        except Exception as second:
+            print(f"W&B does not start, metrics.jsonl has every row ({second})", flush=True)
+            return None
+    run.define_metric("train/global_step")
+    for group in ("train/*", "perf/*", "eval/*", "retention/*", "skill/*"):
+        run.define_metric(group, step_metric="train/global_step")
+    return run

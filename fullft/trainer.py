@@ -1,0 +1,214 @@
+"""The training run. `train` reads top to bottom: batch, forward, loss, backward, update; then measure, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fullft import checkpoint, model
+from fullft.cluster import Cluster, host_report, sum_over_ranks
+from fullft.data.batches import Batch
+from fullft.engine import offloads_optimizer, start
+from fullft.errors import TrainingStopped
+from fullft.export import export
+from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+from fullft.optim import build_optimizer, learning_rate
+from fullft.preflight import Inputs
+from fullft.recipe import Recipe, fingerprint
+from fullft.retention.report import model_card, summary_lines, write_report
+from fullft.retention.suite import flat_metrics
+from fullft.tracking import Tracker
+
+
+def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+    """Train, from the start or from the newest checkpoint of the run folder, to the exported model. All ranks together.
+
+    Raises:
+        TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
+    """
+    engine, step, tokens_seen, tracker = set_up(recipe, cluster, inputs)
+    if step == 0:
+        tracker.log(0, evaluate(inputs, engine, 0, tracker), "before training")
+
+    while step < inputs.total_steps:
+        started = time.perf_counter()
+        torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
+        batches = [batch.to(engine.device) for batch in inputs.batches.of_step(step, cluster.rank)]
+        # The loss is the mean over the labels of the global batch, so their number must be known before backward.
+        labels_of_step, tokens_of_step = count_tokens(batches, engine.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+
+        for batch in batches:
+            # 1. Forward pass
+            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
+            # 2. Token cross-entropy, summed
+            loss = token_cross_entropy(logits, labels)
+            loss_sum += loss.detach()
+            # 3. Backward pass. ZeRO averages gradients over the ranks, hence × world size: sum over ranks / all labels.
+            engine.backward(loss * (cluster.world_size / labels_of_step), scale_wrt_gas=False)
+
+        # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite)
+        rate = learning_rate(step, inputs.total_steps, recipe.train)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        engine.step()
+
+        (loss_sum_of_step,) = sum_over_ranks(float(loss_sum), device=engine.device)
+        loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
+        if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
+            stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, loss_of_step, grad_norm)
+        step += 1
+        tokens_seen += tokens_of_step
+
+        seconds = time.perf_counter() - started
+        row = {
+            "train/global_step": step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
+            "train/learning_rate": rate, "train/epoch": step * recipe.train.global_batch_size / len(inputs.batches),
+            "train/tokens": tokens_seen, "train/trained_tokens_of_step": labels_of_step, "time/step_seconds": seconds,
+            "perf/tokens_per_second": tokens_of_step / seconds,
+            "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
+        } | memory_metrics()  # fmt: skip
+        show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {tokens_of_step / seconds:,.0f} tokens/s"
+        if is_due(step, recipe.retention.every_steps, inputs.total_steps):
+            row |= evaluate(inputs, engine, step, tracker)
+        if is_due(step, recipe.tracking.every_steps, inputs.total_steps):
+            tracker.log(step, row, show)
+        if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
+            state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe), "world_size": cluster.world_size}
+            checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
+
+    finish(recipe, cluster, inputs, engine, tracker)
+
+
+def is_due(step: int, every: int | None, total: int) -> bool:
+    return step == total or (every is not None and step % every == 0)
+
+
+def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, Tracker]:
+    """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
+    if cluster.is_main:
+        _write_run_folder(recipe, cluster, inputs)
+    torch.manual_seed(recipe.train.seed)
+    loaded = model.load(recipe, inputs.deepspeed_config)
+    optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
+    engine = start(loaded, optimizer, inputs.deepspeed_config)
+    trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
+    if trainable != inputs.facts.parameters:
+        raise RuntimeError(f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all")
+    if recipe.data.packing:
+        model.require_documents_apart(engine, recipe.model.attention)
+
+    resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
+    step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
+    tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
+    for line in _introduction(recipe, cluster, inputs, trainable, engine):
+        tracker.say(line)
+    if resumed:
+        for skipped in resumed["skipped"]:
+            tracker.say(f"skipped checkpoint {skipped}")
+        tracker.say(f"resumed from {resumed['path']} at step {step}")
+    return engine, step, tokens_seen, tracker
+
+
+def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
+    """(labels, tokens without padding) of the global batch: all micro-batches of all ranks."""
+    labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    all_labels, all_tokens = sum_over_ranks(labels, tokens, device=device)
+    return int(all_labels), int(all_tokens)
+
+
+def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any]:
+    """Run the retention suite; its numbers as metrics."""
+    if not inputs.suite.tasks:
+        return {}
+    started = time.perf_counter()
+    report = inputs.suite.evaluate(engine, step)
+    tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
+    for line in summary_lines(report):
+        tracker.say(line)
+    return {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started} | flat_metrics(report)
+
+
+def memory_metrics() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {}
+    statistics = torch.cuda.memory_stats()
+    return {
+        "memory/peak_gib": statistics["reserved_bytes.all.peak"] / 2**30,
+        "memory/alloc_retries": statistics["num_alloc_retries"],
+    }
+
+
+def stop_at_non_finite(
+    recipe: Recipe, cluster: Cluster, inputs: Inputs, step: int, batches: list[Batch], loss_sum: torch.Tensor, loss: float,
+    grad_norm: float,
+) -> None:  # fmt: skip
+    """Save what led to a loss or gradient norm that is not finite, and stop on all ranks."""
+    folder = recipe.run_folder / "failure" / f"step-{step + 1:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save([vars(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
+    losses: list[Any] = [None] * cluster.world_size
+    dist.all_gather_object(losses, float(loss_sum))
+    if cluster.is_main:
+        rows = [{"file": recipe.data.train[row["source"]].path, "row": row["row"]} for row in inputs.batches.rows_of_step(step)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dist.barrier()
+    broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
+    where = f" (loss is not finite on rank {', '.join(map(str, broken))})" if broken else ""
+    good = checkpoint.newest(recipe.run_folder / "checkpoints")
+    raise TrainingStopped(
+        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}{where}. Its rows and batches are in {folder}. "
+        + (f"Last good checkpoint: {good}. " if good else "There is no checkpoint yet. ")
+        + "Look at the rows, or lower train.learning_rate; starting again goes on from the checkpoint."
+    )
+
+
+def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
+    """Export the model, write the report, and mark the run as done."""
+    folder = recipe.run_folder / "export"
+    summary = write_report(recipe.run_folder) if cluster.is_main else {}
+    card = model_card(recipe, summary) if cluster.is_main else ""
+    export(engine, inputs.tokenizer, folder, recipe.export.dtype, recipe.export.max_shard_gb, card)
+    tracker.finish(summary.get("metrics", {}))
+    if cluster.is_main:
+        set_state(recipe.run_folder, "done", step=inputs.total_steps)
+    tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
+
+
+def set_state(folder: Path, status: str, **more: Any) -> None:
+    """state.json says how a run stands: launchers do not carry exit codes faithfully."""
+    partial = folder / "state.tmp"
+    partial.write_text(json.dumps({"status": status, "time": time.time()} | more))
+    partial.rename(folder / "state.json")
+
+
+def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+    folder = recipe.run_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
+    (folder / "env.json").write_text(json.dumps(environment, indent=1))
+    (folder / "plan.json").write_text(json.dumps(inputs.plan, indent=1))
+    set_state(folder, "running")
+
+
+def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int, engine: Any) -> list[str]:
+    data, plan, facts = inputs.documents.summary, inputs.plan, inputs.facts
+    lost = {key: value for key, value in data.items() if key in ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens") and value}
+    sequences = f"{plan['sequences']:,} sequences of up to {recipe.data.sequence_length} tokens"
+    return [
+        f"model     {facts.architecture}, {trainable:,} parameters, all trainable, {model.precision(recipe)}, on {cluster.world_size} "
+        f"ranks (ZeRO stage {engine.zero_optimization_stage()})",
+        f"data      {data['rows']:,} rows, {data['documents']:,} documents, {data['tokens']:,} tokens, {data['trained_tokens']:,} trained on; "
+        f"{sequences}" + (f"; {lost}" if lost else ""),
+        f"step      {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
+        f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
+        f"run       {recipe.run_folder}",
+    ]

@@ -1,0 +1,139 @@
+"""The main job in a few minutes, without GPU, hub or account: `make quickstart`.
+
+1. Write a tokenizer and a randomly initialised 2 M-parameter Llama as a Hugging Face folder.
+2. Train it on raw text (the documentation that ships with CPython) with launch/train.py: the base model.
+3. Fine-tune it fully on arithmetic word problems, on 2 ZeRO-3 ranks, with retention and skill measured all along.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path("runs/quickstart-base")
+INPUTS = Path("runs/quickstart-inputs")
+CHAT_TEMPLATE = """{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}
+{%- else %}
+{{- message['content'] + '<|im_end|>' }}
+{%- endif %}
+{{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
+def main() -> None:
+    started = time.monotonic()
+    train_texts, heldout = split_documentation()
+    write_rows(INPUTS / "documentation.jsonl", [{"text": text} for text in train_texts])
+    write_rows(INPUTS / "documentation-heldout.jsonl", [{"text": text} for text in heldout])
+    problems = word_problems()
+    write_rows(INPUTS / "problems-train.jsonl", problems[200:])
+    write_rows(INPUTS / "problems-test.jsonl", problems[:200])
+    if not (INPUTS / "random-model" / "config.json").exists():
+        write_random_model(INPUTS / "random-model", train_texts)
+
+    print("== 1 of 2: base model, from raw text", flush=True)
+    launch("launch/recipes/quickstart-base.yaml")
+    print("== 2 of 2: full fine-tuning on word problems", flush=True)
+    launch("launch/recipes/quickstart.yaml")
+
+    from fullft.retention.report import table
+
+    minutes, seconds = divmod(int(time.monotonic() - started), 60)
+    print(f"""
+{table(Path("runs/quickstart"))}
+
+The skill rose; what the base model knew of its text was lost on the way: that is forgetting. ({minutes} min {seconds} s)
+
+  tuned model   runs/quickstart/export           (AutoModelForCausalLM.from_pretrained)
+  curves        runs/quickstart/report.html, metrics.jsonl; W&B: wandb sync runs/quickstart/wandb/offline-run-*
+  items         runs/quickstart/retention/       every evaluation, item by item
+  answers       runs/quickstart/samples/         what the model generated
+  checkpoints   runs/quickstart/checkpoints/
+
+Next, a real model on real data (needs GPUs and access to the Hugging Face hub):
+
+  deepspeed launch/train.py --config launch/recipes/smollm2-135m-gsm8k.yaml
+""")
+
+
+def split_documentation() -> tuple[list[str], list[str]]:
+    """The pages of Python's documentation, every tenth held out."""
+    pages = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    return [page for at, page in enumerate(pages) if at % 10], pages[::10]
+
+
+def word_problems() -> list[dict[str, object]]:
+    """Distinct sums in words, shuffled; a problem (its numbers and wording) occurs once, so train and test are disjoint."""
+    people = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal"]
+    things = ["apples", "books", "coins", "pens", "stamps", "toys"]
+    problems = []
+    for person in people:
+        for thing in things:
+            for first in range(1, 10):
+                for second in range(1, 10):
+                    ask = f"{person} has {first} {thing} and gets {second} more. How many now?"
+                    answer = f"{first} + {second} = {first + second}"
+                    problems.append({"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]})
+    random.Random(0).shuffle(problems)
+    return problems
+
+
+def write_rows(path: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_random_model(
+    folder: Path, texts: list[str], vocabulary_size: int = 1024, hidden_size: int = 192, layers: int = 4, heads: int = 6
+) -> None:
+    """A byte-level BPE tokenizer trained on the texts, and a small Llama with random weights, as a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=512
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    end = fast.convert_tokens_to_ids("<|im_end|>")
+    config = LlamaConfig(
+        vocab_size=len(fast), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=end, pad_token_id=fast.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def launch(recipe: str) -> None:
+    """`deepspeed --num_gpus 2 launch/train.py --config recipe`, one thread a rank, on the CPU."""
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [str(deepspeed), "--num_gpus", "2", "launch/train.py", "--config", recipe]
+    print("$", " ".join(["deepspeed", *command[1:]]), flush=True)
+    if code := subprocess.run(command, env=environment, check=False).returncode:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Train. Started on every rank by `deepspeed`, `srun`, `mpirun` or `torchrun`:
+
+    deepspeed launch/train.py --config launch/recipes/quickstart.yaml train.learning_rate=1e-5
+"""
+
+import argparse
+import os
+import sys
+import traceback
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from fullft import cluster
+from fullft.errors import EXIT_DONE, EXIT_FAILED, BadInput, TrainingStopped
+from fullft.recipe import load_recipe
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Full-parameter fine-tuning under DeepSpeed ZeRO-3.")
+    parser.add_argument("--config", required=True, metavar="RECIPE.yaml")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    arguments = parser.parse_intermixed_args()
+
+    me = None
+    try:
+        me = cluster.discover()
+        recipe = load_recipe(arguments.config, arguments.overrides)
+        # Heavy imports after the cheap checks, so that a typing error is told in a second.
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        from fullft.preflight import finished, preflight
+        from fullft.retention.report import table
+        from fullft.trainer import train
+
+        inputs = preflight(recipe, me.world_size)
+        if finished(recipe):
+            if me.is_main:
+                print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
+            return EXIT_DONE
+        cluster.join(me, recipe.train.timeout_minutes)
+        train(recipe, me, inputs)
+        cluster.leave()
+        return EXIT_DONE
+    except BadInput as error:
+        cluster.exit_bad_input(error, me)
+    except TrainingStopped as error:
+        if me is not None and me.is_main:
+            print(f"fullft: training stopped at {error}", file=sys.stderr)
+    except BaseException:
+        print(f"fullft: failed on {me}", file=sys.stderr)
+        traceback.print_exc()
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    cluster.exit_now(main())

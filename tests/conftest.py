@@ -1,0 +1,109 @@
+"""A tiny pretrained model with a tokenizer, made here because tests have no hub, and starting real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY / "launch"))  # quickstart.py has the tokenizer and the random model
+
+CPU_RANKS = {
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
+    "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+}  # fmt: skip
+os.environ |= CPU_RANKS
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Weights, gradients and moments are sharded over the ranks.",
+    "A model that learns a narrow task may forget what it knew before.",
+    "Every token of the answer is a target, and nothing else is.",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: Llama of 2 layers, tokenizer of 300 tokens, ChatML template with generation marks."""
+    import quickstart
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    quickstart.write_random_model(folder, TEXTS * 20, vocabulary_size=300, hidden_size=32, layers=2, heads=2)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def chats(count: int) -> list[dict[str, Any]]:
+    """Distinct chats whose lengths differ."""
+    return [chat(f"Say {TEXTS[i % 4][: 5 + i % 17]}", (f"{i} is the number. " + TEXTS[i % 3])[: 8 + (i * 7) % 40]) for i in range(count)]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
+    """A recipe (as nested dicts, to be changed) of a run that takes seconds."""
+    return {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tiny_model)},
+        "data": {"train": str(write_jsonl(tmp_path / "train.jsonl", chats(40))), "sequence_length": 128},
+        "train": {"steps": 4, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 1e-3, "warmup_steps": 0},
+        "checkpoint": {"every_steps": 100},
+        "tracking": {"wandb": "disabled"},
+        "export": {"dtype": "fp32"},
+    }
+
+
+def write_recipe(recipe: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """launch(recipe, *overrides, ranks=2, code=0): train with torchrun, expect the exit code, return the process."""
+
+    def run(
+        recipe: dict[str, Any], *overrides: str, ranks: int = 2, code: int = 0, timeout: float = 240
+    ) -> subprocess.CompletedProcess[str]:
+        config = write_recipe(recipe, tmp_path / "recipe.yaml")
+        command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(config), *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, check=False)
+        # torchrun reports every failure of a rank as 1.
+        expected = 0 if code == 0 else 1
+        assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
+        return done
+
+    return run
+
+
+def torchrun(ranks: int) -> list[str]:
+    """One rank needs no launcher, and then the exit code is the program's own."""
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return [sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc-per-node", str(ranks)]
+
+
+def metrics(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(recipe["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(recipe: dict[str, Any]) -> list[float]:
+    return [row["train/loss"] for row in metrics(recipe) if "train/loss" in row]
