@@ -1,0 +1,96 @@
+"""A run that is killed and started again is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Launch, losses, metrics, torchrun, write_recipe
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
+    recipe["train"] |= {"steps": 24, "schedule": "cosine", "warmup_steps": 4, "weight_decay": 0.1}
+    recipe["checkpoint"] = {"every_steps": 5, "keep": 2}
+    return recipe
+
+
+def kill_after(recipe: dict[str, Any], step: int, config: Path, ranks: int = 2) -> None:
+    """Start training and `kill -9` every process of it once metrics.jsonl has reached the step."""
+    command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(write_recipe(recipe, config))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=config.parent)
+    deadline = time.monotonic() + 120
+    file = Path(recipe["run_dir"]) / "metrics.jsonl"
+    while not (file.exists() and any(row["step"] >= step for row in metrics(recipe))):
+        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    for pid in children:
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    process.wait()
+
+
+def test_killed_and_started_again_equals_uninterrupted(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+    whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
+    launch(whole)
+    kill_after(long_recipe, 12, tmp_path / "killed.yaml")
+    checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
+    assert [path.name for path in sorted(checkpoints.glob("step-*")) if path.suffix != ".tmp"][-1] >= "step-00000010"
+    done = launch(long_recipe)
+    assert "resumed from" in done.stdout
+    assert losses(long_recipe) == losses(whole)  # bit for bit
+    assert [row["step"] for row in metrics(long_recipe)] == list(range(25))  # every step once
+    one, other = (load_file(Path(run["run_dir"]) / "export" / "model.safetensors") for run in (whole, long_recipe))
+    assert all((one[name] == other[name]).all() for name in one)
+    assert len(list(checkpoints.iterdir())) == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_resume_at_another_world_size(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path, ranks: int) -> None:
+    long_recipe["train"] |= {"global_batch_size": 6, "steps": 16}
+    whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
+    launch(whole)
+    kill_after(long_recipe, 8, tmp_path / "killed.yaml")
+    launch(long_recipe, ranks=ranks)
+    assert losses(long_recipe) == pytest.approx(losses(whole), abs=2e-5)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+    kill_after(long_recipe, 12, tmp_path / "killed.yaml")
+    checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
+    newest = sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".tmp")[-1]
+    file = newest / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    shutil.copytree(newest, checkpoints / "step-00000020.tmp")  # as if killed while writing
+    done = launch(long_recipe)
+    assert f"skipped checkpoint {newest}: __1_0.distcp does not match its checksum" in done.stdout
+    assert len(losses(long_recipe)) == 24
+
+
+def test_a_finished_run_is_not_run_again(recipe: dict[str, Any], launch: Launch) -> None:
+    launch(recipe)
+    before = {path: path.stat().st_mtime_ns for path in Path(recipe["run_dir"]).rglob("*")}
+    done = launch(recipe)
+    assert "is done already" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in Path(recipe["run_dir"]).rglob("*")} == before
+
+
+def test_state_says_how_the_run_stands(recipe: dict[str, Any], launch: Launch) -> None:
+    launch(recipe)
+    assert json.loads((Path(recipe["run_dir"]) / "state.json").read_text())["status"] == "done"
