@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fullft.shards import (
     STATES,
@@ -43,7 +45,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(engine), storage_writer=dcp.FileSystemWriter(partial, sync_files=True))
+    dcp_save(_tensors(engine), storage_writer=FileSystemWriter(partial, sync_files=True))
     mine = [file for file in partial.iterdir() if file.name.startswith(f"__{dist.get_rank()}_")]
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [_entry(file) for file in mine])
@@ -92,7 +94,7 @@ def newest(folder: Path) -> Path | None:
 
 def _load(engine: Any, path: Path, step: int) -> None:
     allocate_optimizer_states(engine)
-    dcp.load(_tensors(engine), storage_reader=dcp.FileSystemReader(path))
+    dcp_load(_tensors(engine), storage_reader=FileSystemReader(path))
     set_optimizer_step(engine, step)
     refresh_model_from_optimizer(engine)
 

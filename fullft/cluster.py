@@ -50,7 +50,9 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
     env = os.environ if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         cluster = _from_torch(env)
-    elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
+    elif (
+        "SLURM_STEP_NUM_TASKS" in env
+    ):  # set by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
         cluster = _from_slurm(env)
     elif _mpi_size(env) is not None:
         cluster = _from_mpi()
@@ -63,7 +65,9 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
         port = env.get("MASTER_PORT") or _free_port()
         cluster = Cluster(0, 1, 0, "127.0.0.1", int(port), "python")
     if not 0 <= cluster.rank < cluster.world_size:
-        raise BadInput(f"{cluster.launcher} gave rank {cluster.rank} of {cluster.world_size}: must be 0 <= rank < world size")
+        raise BadInput(
+            f"{cluster.launcher} gave rank {cluster.rank} of {cluster.world_size}: must be 0 <= rank < world size"
+        )
     return cluster
 
 
@@ -172,7 +176,9 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
         get_accelerator().set_device(cluster.local_rank)
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
     if torch.distributed.get_world_size() != cluster.world_size:
-        raise RuntimeError(f"process group has {torch.distributed.get_world_size()} ranks, expected {cluster.world_size}")
+        raise RuntimeError(
+            f"process group has {torch.distributed.get_world_size()} ranks, expected {cluster.world_size}"
+        )
 
 
 def leave() -> None:

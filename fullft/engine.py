@@ -45,7 +45,9 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
-        raise BadInput(f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_REPOSITORY})") from None
+        raise BadInput(
+            f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_REPOSITORY})"
+        ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
     stage = config.get("zero_optimization", {}).get("stage")
@@ -53,7 +55,9 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
         raise BadInput(f"deepspeed: {recipe.deepspeed} has zero_optimization.stage {stage}; fullft shards with stage 3")
     for ours, theirs in (("train.*", "optimizer"), ("train.schedule", "scheduler")):
         if theirs in config:
-            raise BadInput(f"deepspeed: {recipe.deepspeed} has a section '{theirs}'; remove it, the recipe's {ours} decides")
+            raise BadInput(
+                f"deepspeed: {recipe.deepspeed} has a section '{theirs}'; remove it, the recipe's {ours} decides"
+            )
     return config
 
 
@@ -91,4 +95,5 @@ def start(model: Any, optimizer: torch.optim.Optimizer, config: dict[str, Any]) 
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
+    section = config["zero_optimization"].get("offload_optimizer") or {}
+    return str(section.get("device", "none")) != "none"

@@ -33,7 +33,9 @@ def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
             raise BadInput(f"model.path: the tuned model could not be exported: {error}") from None
 
 
-def export(engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str, max_shard_gb: float, card: str) -> None:
+def export(
+    engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str, max_shard_gb: float, card: str
+) -> None:
     """Write config, weights, tokenizer and model card to `folder`, atomically. All ranks together.
 
     Each parameter is gathered by itself; rank 0 collects the whole model in host memory (2 bytes a parameter in bf16).

@@ -10,8 +10,8 @@ from typing import Any
 import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.core_model_loading import WeightConverter
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.integrations import HfDeepSpeedConfig
 
 from fullft.errors import BadInput
@@ -73,7 +73,9 @@ def _require_folder(model: Model) -> None:
         if not (path / "config.json").exists():
             raise BadInput(f"model.path: {path} has no config.json; it must be a Hugging Face model folder")
     elif path.exists() or model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
-        raise BadInput(f"model.path: {path} is not a folder (relative paths start at {Path.cwd()}), nor a hub name (owner/name)")
+        raise BadInput(
+            f"model.path: {path} is not a folder (relative paths start at {Path.cwd()}), nor a hub name (owner/name)"
+        )
 
 
 def on_meta(model: Model) -> PreTrainedModel:
@@ -129,12 +131,18 @@ def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
     found = {name if name in wanted else prefix + name: shape for name, shape in found.items()}
     tied = set(meta.all_tied_weights_keys)
     missing = [name for name in wanted if name not in found and name not in tied]
-    misshaped = [f"{name} {found[name]}, config says {wanted[name]}" for name in wanted if found.get(name, wanted[name]) != wanted[name]]
+    misshaped = [
+        f"{name} {found[name]}, config says {wanted[name]}"
+        for name in wanted
+        if found.get(name, wanted[name]) != wanted[name]
+    ]
     problems = []
     for what, names in (("lack tensors", missing), ("have tensors of other shapes", misshaped)):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problems.append(f"model.path: config and weights of {folder} disagree: the files {what}: {'; '.join(names[:_SHOWN])}{more}")
+            problems.append(
+                f"model.path: config and weights of {folder} disagree: the files {what}: {'; '.join(names[:_SHOWN])}{more}"
+            )
     return problems
 
 

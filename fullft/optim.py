@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
@@ -13,14 +14,15 @@ from fullft.recipe import Train
 def parameter_groups(model: torch.nn.Module, train: Train) -> list[dict[str, Any]]:
     """Two groups, with and without weight decay; each parameter in exactly one (tied ones once)."""
     exempt = _exempt_names(model, train.no_decay)
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (kept if name in exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def _exempt_names(model: torch.nn.Module, kinds: list[str]) -> set[str]:
+def _exempt_names(model: torch.nn.Module, kinds: Sequence[str]) -> set[str]:
     """Names of the parameters that are of these kinds: norm (any module called so), bias, embedding."""
     names = set()
     for module_name, module in model.named_modules():
@@ -44,7 +46,7 @@ def build_optimizer(model: torch.nn.Module, train: Train, offload: bool) -> torc
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **settings))
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
 
 

@@ -99,14 +99,20 @@ def check_run_folder(recipe: Recipe) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / "recipe.yaml").exists():
-        raise BadInput(f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten")
+        raise BadInput(
+            f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten"
+        )
     if recipe.checkpoint.resume == "never":
-        raise BadInput(f"run_dir: {folder} holds a run and checkpoint.resume is never; choose another run_dir, or resume=auto")
+        raise BadInput(
+            f"run_dir: {folder} holds a run and checkpoint.resume is never; choose another run_dir, or resume=auto"
+        )
     before, now = identity(load_recipe(folder / "recipe.yaml")), identity(recipe)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
-        raise BadInput(f"run_dir: {folder} belongs to another recipe ({listed}); choose another run_dir, nothing is overwritten")
+        raise BadInput(
+            f"run_dir: {folder} belongs to another recipe ({listed}); choose another run_dir, nothing is overwritten"
+        )
 
 
 def finished(recipe: Recipe) -> bool:

@@ -38,8 +38,12 @@ class Source(Section):
     path: str = Field(description=".jsonl, .json or .parquet file, a glob of them, an Arrow folder, or a hub name")
     split: str = Field("train", description="split of an Arrow folder or hub data set")
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field("auto", description="shape of a row")
-    fields: dict[str, str] = Field({}, description="our field name: name of the column in the data, e.g. {output: answer}")
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field(
+        "auto", description="shape of a row"
+    )
+    fields: dict[str, str] = Field(
+        {}, description="our field name: name of the column in the data, e.g. {output: answer}"
+    )
     limit: int | None = Field(None, ge=1, description="take only the first rows")
 
 
@@ -61,7 +65,9 @@ class Data(Section):
     sequence_length: int = Field(2048, ge=8, description="tokens of one sequence (one packed bin or one row)")
     packing: bool = Field(True, description="fill sequences with several documents; attention never crosses documents")
     train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of chat rows carry loss")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be used: stop, or skip and count")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="rows that cannot be used: stop, or skip and count"
+    )
     on_too_long: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="rows above sequence_length: stop, drop, cut the end, or split into several documents"
     )
@@ -76,7 +82,9 @@ class Train(Section):
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or linear schedule")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: float = Field(0.03, ge=0, description="optimizer steps of linear warm-up; below 1: share of all steps")
+    warmup_steps: float = Field(
+        0.03, ge=0, description="optimizer steps of linear warm-up; below 1: share of all steps"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     no_decay: list[Literal["norm", "bias", "embedding"]] = Field(
         ["norm", "bias", "embedding"], description="kinds of parameters without weight decay"
@@ -88,7 +96,9 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 on GPU, fp32 on CPU"
     )
-    activation_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, 25 % slower")
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, 25 % slower"
+    )
     seed: int = Field(42, ge=0)
     timeout_minutes: float = Field(30, gt=0, description="a collective that waits longer ends the run")
 
@@ -105,7 +115,8 @@ class Checkpoint(Section):
     every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; one more at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
     resume: Literal["auto", "never"] = Field(
-        "auto", description="auto: go on from the newest valid checkpoint of the run folder; never: refuse a used folder"
+        "auto",
+        description="auto: go on from the newest valid checkpoint of the run folder; never: refuse a used folder",
     )
 
 
@@ -127,8 +138,12 @@ class Task(Section):
 
 
 class Retention(Section):
-    every_steps: int | None = Field(None, ge=1, description="optimizer steps between evaluations; default: only first and last")
-    tasks: list[Task] = Field([], description="tasks, each evaluated before the first step, while training and at the end")
+    every_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between evaluations; default: only first and last"
+    )
+    tasks: list[Task] = Field(
+        [], description="tasks, each evaluated before the first step, while training and at the end"
+    )
     generation_batch_size: int = Field(32, ge=1, description="prompts generated at once on one GPU")
 
     @model_validator(mode="after")
@@ -142,7 +157,9 @@ class Retention(Section):
 
 class Tracking(Section):
     every_steps: int = Field(1, ge=1, description="optimizer steps between logged rows")
-    wandb: Literal["online", "offline", "disabled"] = Field("online", description="Weights & Biases; WANDB_MODE overrides it")
+    wandb: Literal["online", "offline", "disabled"] = Field(
+        "online", description="Weights & Biases; WANDB_MODE overrides it"
+    )
     project: str = Field("fullft", description="W&B project; WANDB_PROJECT overrides it")
     name: str | None = Field(None, description="W&B run name; default: name of the run folder")
     tags: list[str] = []
@@ -162,7 +179,9 @@ class Recipe(Section):
     retention: Retention = Retention()  # type: ignore[call-arg]
     tracking: Tracking = Tracking()  # type: ignore[call-arg]
     export: Export = Export()  # type: ignore[call-arg]
-    deepspeed: str = Field("ds_configs/zero3.json", description="DeepSpeed configuration; its `auto` values are filled in")
+    deepspeed: str = Field(
+        "ds_configs/zero3.json", description="DeepSpeed configuration; its `auto` values are filled in"
+    )
 
     @property
     def run_folder(self) -> Path:
@@ -185,7 +204,11 @@ _MAY_CHANGE_ON_RESUME = (
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The keys (dotted) that make two runs the same experiment."""
-    return {key: value for key, value in _flatten(recipe.model_dump(mode="json")) if not key.startswith(_MAY_CHANGE_ON_RESUME)}
+    return {
+        key: value
+        for key, value in _flatten(recipe.model_dump(mode="json"))
+        if not key.startswith(_MAY_CHANGE_ON_RESUME)
+    }
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -229,7 +252,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError:
         raise BadInput(f"recipe {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:

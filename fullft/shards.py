@@ -41,7 +41,12 @@ def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Te
 def to_dtensor(shard: torch.Tensor, parameter: Any, mesh: DeviceMesh) -> DTensor:
     """A shard [c] as the local part of a DTensor [numel] over the mesh; shares the shard's memory."""
     return DTensor.from_local(
-        shard[local_part(parameter)], mesh, [Shard(0)], run_check=False, shape=torch.Size([parameter.ds_numel]), stride=(1,)
+        shard[local_part(parameter)],
+        mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=torch.Size([parameter.ds_numel]),
+        stride=(1,),
     )
 
 
@@ -60,7 +65,10 @@ def set_optimizer_step(engine: Any, step: int) -> None:
     for flat in optimizer.fp32_partitioned_groups_flat:
         fused = any(group.get("fused") for group in optimizer.optimizer.param_groups)
         count = torch.tensor(float(step), device=flat.device if fused else "cpu")
-        is_torch = isinstance(optimizer.optimizer, torch.optim.Optimizer) and "DeepSpeed" not in type(optimizer.optimizer).__name__
+        is_torch = (
+            isinstance(optimizer.optimizer, torch.optim.Optimizer)
+            and "DeepSpeed" not in type(optimizer.optimizer).__name__
+        )
         optimizer.optimizer.state[flat]["step"] = count if is_torch else step
 
 

@@ -31,7 +31,9 @@ class Tracker:
         self._last_step_sent = _cut_back(self._file, resumed_step)
         self._run = _start_wandb(recipe)
         self._total_steps = total_steps
-        self._bar = tqdm(total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
         self._started, self._first_step = time.monotonic(), resumed_step
 
     def log(self, step: int, row: dict[str, Any], show: str) -> None:
@@ -98,7 +100,7 @@ def _cut_back(file: Path, step: int) -> int:
 
 def _start_wandb(recipe: Recipe) -> Any:
     """The W&B run of this run folder: its id is kept there, so a resumed run goes on in the same one."""
-    mode = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
+    mode: Any = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
     if mode == "disabled":
         return None
     import wandb

@@ -80,7 +80,12 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         if is_due(step, recipe.tracking.every_steps, inputs.total_steps):
             tracker.log(step, row, show)
         if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
-            state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe), "world_size": cluster.world_size}
+            state = {
+                "step": step,
+                "tokens_seen": tokens_seen,
+                "recipe": fingerprint(recipe),
+                "world_size": cluster.world_size,
+            }
             checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
 
     finish(recipe, cluster, inputs, engine, tracker)
@@ -100,7 +105,9 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
     engine = start(loaded, optimizer, inputs.deepspeed_config)
     trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
     if trainable != inputs.facts.parameters:
-        raise RuntimeError(f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all")
+        raise RuntimeError(
+            f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
+        )
     if recipe.data.packing:
         model.require_documents_apart(engine, recipe.model.attention)
 
@@ -157,7 +164,10 @@ def stop_at_non_finite(
     losses: list[Any] = [None] * cluster.world_size
     dist.all_gather_object(losses, float(loss_sum))
     if cluster.is_main:
-        rows = [{"file": recipe.data.train[row["source"]].path, "row": row["row"]} for row in inputs.batches.rows_of_step(step)]
+        rows = [
+            {"file": recipe.data.train[row["source"]].path, "row": row["row"]}
+            for row in inputs.batches.rows_of_step(step)
+        ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dist.barrier()
     broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
@@ -201,7 +211,11 @@ def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
 def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int, engine: Any) -> list[str]:
     data, plan, facts = inputs.documents.summary, inputs.plan, inputs.facts
-    lost = {key: value for key, value in data.items() if key in ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens") and value}
+    lost = {
+        key: value
+        for key, value in data.items()
+        if key in ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens") and value
+    }
     sequences = f"{plan['sequences']:,} sequences of up to {recipe.data.sequence_length} tokens"
     return [
         f"model     {facts.architecture}, {trainable:,} parameters, all trainable, {model.precision(recipe)}, on {cluster.world_size} "

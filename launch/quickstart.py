@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -74,7 +75,7 @@ def split_documentation() -> tuple[list[str], list[str]]:
     return [page for at, page in enumerate(pages) if at % 10], pages[::10]
 
 
-def word_problems() -> list[dict[str, object]]:
+def word_problems() -> list[dict[str, Any]]:
     """Distinct sums in words, shuffled; a problem (its numbers and wording) occurs once, so train and test are disjoint."""
     people = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal"]
     things = ["apples", "books", "coins", "pens", "stamps", "toys"]
@@ -85,12 +86,14 @@ def word_problems() -> list[dict[str, object]]:
                 for second in range(1, 10):
                     ask = f"{person} has {first} {thing} and gets {second} more. How many now?"
                     answer = f"{first} + {second} = {first + second}"
-                    problems.append({"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]})
+                    problems.append(
+                        {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": answer}]}
+                    )
     random.Random(0).shuffle(problems)
     return problems
 
 
-def write_rows(path: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -107,7 +110,10 @@ def write_random_model(
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocabulary_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(

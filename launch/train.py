@@ -1,6 +1,6 @@
 """Train. Started on every rank by `deepspeed`, `srun`, `mpirun` or `torchrun`:
 
-    deepspeed launch/train.py --config launch/recipes/quickstart.yaml train.learning_rate=1e-5
+deepspeed launch/train.py --config launch/recipes/quickstart.yaml train.learning_rate=1e-5
 """
 
 import argparse

@@ -52,7 +52,10 @@ def chat(question: str, answer: str) -> dict[str, Any]:
 
 def chats(count: int) -> list[dict[str, Any]]:
     """Distinct chats whose lengths differ."""
-    return [chat(f"Say {TEXTS[i % 4][: 5 + i % 17]}", (f"{i} is the number. " + TEXTS[i % 3])[: 8 + (i * 7) % 40]) for i in range(count)]
+    return [
+        chat(f"Say {TEXTS[i % 4][: 5 + i % 17]}", (f"{i} is the number. " + TEXTS[i % 3])[: 8 + (i * 7) % 40])
+        for i in range(count)
+    ]
 
 
 @pytest.fixture

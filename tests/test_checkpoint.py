@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,23 +29,27 @@ def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 def kill_after(recipe: dict[str, Any], step: int, config: Path, ranks: int = 2) -> None:
     """Start training and `kill -9` every process of it once metrics.jsonl has reached the step."""
     command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(write_recipe(recipe, config))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=config.parent)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=config.parent
+    )
     deadline = time.monotonic() + 120
     file = Path(recipe["run_dir"]) / "metrics.jsonl"
     while not (file.exists() and any(row["step"] >= step for row in metrics(recipe))):
         assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True).stdout.split()
+    children = subprocess.run(
+        ["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
     for pid in children:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.wait()
 
 
-def test_killed_and_started_again_equals_uninterrupted(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+def test_killed_and_started_again_equals_uninterrupted(
+    long_recipe: dict[str, Any], launch: Launch, tmp_path: Path
+) -> None:
     whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
     kill_after(long_recipe, 12, tmp_path / "killed.yaml")

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.ranks
 STEPS = 20
 
 
-def reference_run(recipe: dict[str, Any], cache: Path, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+def reference_run(recipe: dict[str, Any], cache: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same training in one process with torch.optim.AdamW alone: no DeepSpeed, no fullft optimizer or schedule.
 
     Documents are read from the token cache, one by one, without packing or padding.
@@ -49,7 +49,9 @@ def reference_run(recipe: dict[str, Any], cache: Path, accumulation: int) -> tup
         for row in rows:
             ids = torch.tensor([row["input_ids"]])
             labels = torch.where(torch.tensor([row["trained"]]), ids, IGNORE)
-            loss = F.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum") / count
+            loss = (
+                F.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum") / count
+            )
             loss.backward()
             loss_sum += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
@@ -79,11 +81,13 @@ def test_zero3_equals_plain_pytorch(
     (tmp_path / "zero3.json").write_text(json.dumps(config))
     recipe["deepspeed"] = str(tmp_path / "zero3.json")
     launch(recipe, ranks=ranks)
-    expected, weights = reference_run(recipe, tmp_path / "cache", accumulation)
+    expected, weights = reference_run(recipe, tmp_path / "cache")
     assert losses(recipe) == pytest.approx(expected, abs=1e-5)
     tuned = AutoModelForCausalLM.from_pretrained(Path(recipe["run_dir"]) / "export", dtype=torch.float32)
     for name, tensor in tuned.named_parameters():
-        torch.testing.assert_close(tensor.detach(), weights[name], atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            tensor.detach(), weights[name], atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
     assert expected[-1] < expected[0] - 0.1  # it is learning, so the comparison means something
 
 
@@ -92,7 +96,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32, attn_implementation=attention)
     documents = [torch.randint(5, 200, (length,)) for length in (7, 1, 30, 12)]
-    alone, gradients_alone = 0.0, torch.zeros(())
+    alone = 0.0
     for ids in documents:
         labels = torch.cat([ids[1:], torch.tensor([IGNORE])])[None]
         loss = token_cross_entropy(*labelled_logits(model, ids[None], torch.arange(len(ids))[None], labels))
@@ -103,11 +107,15 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
 
     ids = torch.cat([*documents, torch.zeros(14, dtype=torch.int64)])[None]
     positions = torch.cat([*(torch.arange(len(one)) for one in documents), torch.arange(14)])[None]
-    labels = torch.cat([*(torch.cat([one[1:], torch.tensor([IGNORE])]) for one in documents), torch.full((14,), IGNORE)])[None]
+    labels = torch.cat(
+        [*(torch.cat([one[1:], torch.tensor([IGNORE])]) for one in documents), torch.full((14,), IGNORE)]
+    )[None]
     loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels))
     loss.backward()
     assert loss.item() == pytest.approx(alone, rel=1e-6)
-    torch.testing.assert_close(model.model.layers[0].self_attn.k_proj.weight.grad, gradients_alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        model.model.layers[0].self_attn.k_proj.weight.grad, gradients_alone, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_micro_batch_without_labels_counts_nothing_and_still_runs(tiny_model: Path) -> None:

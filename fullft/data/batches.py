@@ -29,8 +29,10 @@ class Batch:
     tokens: int  # without padding
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = (self.input_ids, self.position_ids, self.labels)
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), self.tokens)
+        ids, positions, labels = (
+            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.position_ids, self.labels)
+        )
+        return Batch(ids, positions, labels, self.tokens)
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,9 @@ class _Counts:
         problems = []
         if totals["bad_rows"] and (data.on_bad_row == "error" or not totals["documents"]):
             more = f" (the first {_SHOWN} are shown)" if totals["bad_rows"] > _SHOWN else ""
-            advice = "mend them, or leave them out with data.on_bad_row=skip" if totals["documents"] else "no row is left"
+            advice = (
+                "mend them, or leave them out with data.on_bad_row=skip" if totals["documents"] else "no row is left"
+            )
             problems.append(f"{totals['bad_rows']} of {totals['rows']} rows cannot be used{more}; {advice}")
             problems += self.bad
         if totals["too_long_rows"] and data.on_too_long == "error":
@@ -148,7 +150,9 @@ class _Counts:
                 "data.on_too_long=drop, truncate or split"
             )
         if not problems and not totals["trained_tokens"]:
-            dropped = f" ({totals['too_long_rows']} rows were above data.sequence_length)" if totals["too_long_rows"] else ""
+            dropped = (
+                f" ({totals['too_long_rows']} rows were above data.sequence_length)" if totals["too_long_rows"] else ""
+            )
             problems.append(f"nothing left to train on: no row has a trained token{dropped}")
         if problems:
             raise BadInput(problems)

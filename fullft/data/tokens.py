@@ -67,12 +67,15 @@ def _conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, tra
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    tools: Any = None,
+    add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as the model reads it, with all special tokens written out."""
     return tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-    )  # type: ignore[return-value]
+    )  # type: ignore[no-any-return]
 
 
 def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:

@@ -29,9 +29,21 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     lines = []
     for name, task in evaluation["tasks"].items():
         extra = task["extra"]
-        more = f"  perplexity {extra['perplexity']:.2f}, token accuracy {extra['token_accuracy']:.1%}" if "perplexity" in extra else ""
-        change = "" if evaluation["step"] == 0 else f"  ({_signed(-task['drop'], task['metric'])} better than base)" if task["drop"] < 0 else f"  ({_signed(task['drop'], task['metric'])} worse than base)"
-        lines.append(f"  {task['measures']:<9} {name:<16} {task['metric']} {_shown(task['score'], task['metric'])}{more}{change}")
+        more = (
+            f"  perplexity {extra['perplexity']:.2f}, token accuracy {extra['token_accuracy']:.1%}"
+            if "perplexity" in extra
+            else ""
+        )
+        change = (
+            ""
+            if evaluation["step"] == 0
+            else f"  ({_signed(-task['drop'], task['metric'])} better than base)"
+            if task["drop"] < 0
+            else f"  ({_signed(task['drop'], task['metric'])} worse than base)"
+        )
+        lines.append(
+            f"  {task['measures']:<9} {name:<16} {task['metric']} {_shown(task['score'], task['metric'])}{more}{change}"
+        )
     return lines
 
 
@@ -51,11 +63,20 @@ def before_after(run_folder: Path) -> list[tuple[str, str, str, str, str]]:
     rows = []
     for name, first in found[0]["tasks"].items():
         last = found[-1]["tasks"][name]
-        rows.append((first["measures"], name, first["metric"], *(_shown(task["score"], task["metric"]) for task in (first, last))))
+        rows.append(
+            (
+                first["measures"],
+                name,
+                first["metric"],
+                *(_shown(task["score"], task["metric"]) for task in (first, last)),
+            )
+        )
         for key in ("perplexity", "token_accuracy"):
             if key in first["extra"] and name != VALIDATION:
                 form = "{:.1%}" if key == "token_accuracy" else "{:.2f}"
-                rows.append((first["measures"], name, key, *(form.format(task["extra"][key]) for task in (first, last))))
+                rows.append(
+                    (first["measures"], name, key, *(form.format(task["extra"][key]) for task in (first, last)))
+                )
     return sorted(rows, key=lambda row: row[0] != "skill")
 
 
@@ -63,7 +84,9 @@ def table(run_folder: Path) -> str:
     """`before_after` as text columns."""
     rows = [("measures", "task", "number", "before", "after"), *before_after(run_folder)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def write_report(run_folder: Path) -> dict[str, Any]:
@@ -72,7 +95,10 @@ def write_report(run_folder: Path) -> dict[str, Any]:
     steps = [row for row in rows if "train/loss" in row]
     last: dict[str, float] = {}
     for name, task in (found[-1]["tasks"] if found else {}).items():
-        last |= {f"{task['measures']}/{name}/{task['metric']}": task["score"], f"{task['measures']}/{name}/drop": task["drop"]}
+        last |= {
+            f"{task['measures']}/{name}/{task['metric']}": task["score"],
+            f"{task['measures']}/{name}/drop": task["drop"],
+        }
     report = {
         "steps": steps[-1]["train/global_step"] if steps else 0,
         "final_loss": steps[-1]["train/loss"] if steps else None,
@@ -107,10 +133,14 @@ _STYLE = (
 
 def _page(run_folder: Path, found: list[Evaluation], steps: list[dict[str, Any]]) -> str:
     """One self-contained page: the table, and curves of the loss and of every task."""
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in before_after(run_folder))
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in before_after(run_folder)
+    )
     figures = []
     if steps:
-        figures.append(_figure("training loss, nats a token", [(row["train/global_step"], row["train/loss"]) for row in steps]))
+        figures.append(
+            _figure("training loss, nats a token", [(row["train/global_step"], row["train/loss"]) for row in steps])
+        )
     for name in found[0]["tasks"] if found else ():
         first = found[0]["tasks"][name]
         better = "higher is better" if first["higher_is_better"] else "lower is better"
@@ -137,7 +167,14 @@ def _figure(caption: str, points: list[tuple[float, float]], width: int = 720, h
         across = left + (x - x0) / (x1 - x0) * (width - left - right)
         return f"{across:.1f},{top + (y1 - y) / (y1 - y0) * (height - top - bottom):.1f}"
 
-    dots = "".join(f"<circle cx='{at.split(',')[0]}' cy='{at.split(',')[1]}' r='3' fill='#2563eb'/>" for at in (place(x, y) for x, y in points)) if len(points) <= 40 else ""
+    dots = (
+        "".join(
+            f"<circle cx='{at.split(',')[0]}' cy='{at.split(',')[1]}' r='3' fill='#2563eb'/>"
+            for at in (place(x, y) for x, y in points)
+        )
+        if len(points) <= 40
+        else ""
+    )
     labels = "".join(
         f"<text x='{left - 8}' y='{top + 5 + share * (height - top - bottom):.0f}' text-anchor='end'>{y1 + share * (y0 - y1):.3g}</text>"
         f"<line x1='{left}' x2='{width - right}' y1='{top + share * (height - top - bottom):.0f}' y2='{top + share * (height - top - bottom):.0f}' stroke='#e5e5e5'/>"

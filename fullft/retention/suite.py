@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from fullft.data.cache import require_chat_template, row_tokens
-from fullft.data.formats import BadRow, Conversation, Row, Text, parse_row, read_rows
+from fullft.data.formats import BadRow, Conversation, Row, parse_row, read_rows
 from fullft.data.tokens import beginning, encode, render
 from fullft.errors import BadInput
 from fullft.loss import IGNORE, labelled_logits
@@ -154,7 +154,10 @@ class Suite:
         return report
 
     def _write_items(self, prepared: Prepared, step: int, items: list[dict[str, Any]]) -> None:
-        lines = [json.dumps({"item": number, "hash": item.key} | result) for number, (item, result) in enumerate(zip(prepared.items, items, strict=True))]
+        lines = [
+            json.dumps({"item": number, "hash": item.key} | result)
+            for number, (item, result) in enumerate(zip(prepared.items, items, strict=True))
+        ]
         folder = self.folder / "items"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -212,13 +215,17 @@ def _run_text(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, A
     def run(batch: int) -> list[tuple[int, float, int, int]]:
         chosen = [windows[index] for index in batches[batch]]
         width = max(len(ids) for _, (ids, _) in chosen)
-        padded = [(ids + [0] * (width - len(ids)), labels + [IGNORE] * (width - len(labels))) for _, (ids, labels) in chosen]
+        padded = [
+            (ids + [0] * (width - len(ids)), labels + [IGNORE] * (width - len(labels))) for _, (ids, labels) in chosen
+        ]
         ids, labels = (torch.tensor(column, device=engine.device) for column in zip(*padded, strict=True))
         positions = torch.arange(width, device=engine.device).expand_as(ids)
         logits, labels = labelled_logits(engine, ids, positions, labels)
         losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
         hits = (logits.argmax(-1) == labels) & (labels != IGNORE)
-        sums = zip(losses.double().sum(1).tolist(), (labels != IGNORE).sum(1).tolist(), hits.sum(1).tolist(), strict=True)
+        sums = zip(
+            losses.double().sum(1).tolist(), (labels != IGNORE).sum(1).tolist(), hits.sum(1).tolist(), strict=True
+        )
         return [(number, -nats, tokens, right) for (number, _), (nats, tokens, right) in zip(chosen, sums, strict=True)]
 
     totals = [{"logprob": 0.0, "n_tokens": 0, "n_correct": 0, "n_bytes": item.text_bytes} for item in prepared.items]
@@ -234,7 +241,9 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
     assert prepared.task is not None
     task, tokenizer = prepared.task, suite.tokenizer
     stop = engine.module.generation_config.eos_token_id
-    stops = {token for token in (stop if isinstance(stop, list) else [stop]) + [tokenizer.eos_token_id] if token is not None}
+    stops = {
+        token for token in (stop if isinstance(stop, list) else [stop]) + [tokenizer.eos_token_id] if token is not None
+    }
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
     batches = _batched([len(item.prompt) for item in prepared.items], suite.generation_batch_size)
 
@@ -243,7 +252,9 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
         prompts = [prepared.items[index].prompt for index in batches[batch]]
         width = max(map(len, prompts))
         ids = torch.tensor([[padding] * (width - len(prompt)) + prompt for prompt in prompts], device=engine.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device
+        )
         # synced_gpus: ranks whose answers end early go on running the forwards that the others need.
         answers = engine.module.generate(
             input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens,
@@ -290,7 +301,7 @@ def _score(prepared: Prepared, items: list[dict[str, Any]]) -> dict[str, Any]:
 
 def flat_metrics(report: dict[str, Any]) -> dict[str, float]:
     """The report as metric names: retention/<task>/…, skill/<task>/…, and eval/… for data.validation."""
-    metrics = {}
+    metrics: dict[str, float] = {}
     for name, task in report["tasks"].items():
         prefix = "eval" if name == VALIDATION else f"{task['measures']}/{name}"
         metrics |= {f"{prefix}/{task['metric']}": task["score"], f"{prefix}/drop": task["drop"]}
