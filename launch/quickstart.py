@@ -1,6 +1,6 @@
 """The main job in a few minutes, without GPU, hub or account: `make quickstart`.
 
-1. Write a tokenizer and a randomly initialised 2 M-parameter Llama as a Hugging Face folder.
+1. Write a tokenizer and a randomly initialised 1 M-parameter Llama as a Hugging Face folder.
 2. Train it on raw text (the documentation that ships with CPython) with launch/train.py: the base model.
 3. Fine-tune it fully on arithmetic word problems, on 2 ZeRO-3 ranks, with retention and skill measured all along.
 """
@@ -99,7 +99,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_random_model(
-    folder: Path, texts: list[str], vocabulary_size: int = 1024, hidden_size: int = 192, layers: int = 4, heads: int = 6
+    folder: Path, texts: list[str], vocabulary_size: int = 1024, hidden_size: int = 192, layers: int = 2, heads: int = 6
 ) -> None:
     """A byte-level BPE tokenizer trained on the texts, and a small Llama with random weights, as a Hugging Face folder."""
     import torch
@@ -125,7 +125,7 @@ def write_random_model(
     config = LlamaConfig(
         vocab_size=len(fast), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=end, pad_token_id=fast.pad_token_id,
+        bos_token_id=None, eos_token_id=end, pad_token_id=fast.pad_token_id, initializer_range=hidden_size**-0.5,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)

@@ -1,0 +1,80 @@
+"""The `fullft` command. Each verb is a few lines around the module that does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from fullft.recipe import load_recipe
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="fullft", description="Full-parameter fine-tuning of large language models.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    verb = verbs.add_parser(
+        "check",
+        usage="fullft check RECIPE.yaml [key.path=value ...] [--world-size N] [--resolved]",
+        help="check recipe, files, model and data without a GPU; every problem at once",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument(
+        "--world-size", type=int, default=1, metavar="N", help="ranks (GPUs) the run will have (default 1)"
+    )
+    verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
+
+    verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
+    verb.add_argument("run_dir", type=Path)
+
+    # Overrides may stand anywhere, which argparse cannot do behind a verb.
+    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
+    overrides = [word for word in sys.argv[1:] if is_override(word)]
+    arguments = parser.parse_args([word for word in sys.argv[1:] if not is_override(word)])
+    try:
+        if arguments.verb == "check":
+            check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+        else:
+            report(arguments.run_dir)
+    except BadInput as error:
+        print(error.report(), file=sys.stderr, end="")
+        return EXIT_BAD_INPUT
+    return EXIT_DONE
+
+
+def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> None:
+    """Everything that training checks before it forms a process group; tokenizes the data into the cache."""
+    recipe = load_recipe(path, overrides)
+    if resolved:
+        print(recipe.to_yaml(), end="")
+    from fullft.planner import GIB
+    from fullft.preflight import preflight
+
+    inputs = preflight(recipe, world_size)
+    plan, data = inputs.plan, inputs.documents.summary
+    print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
+    print("data     " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in data.items() if value))
+    print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
+    print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
+    print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
+    print("ok")
+
+
+def report(run_dir: Path) -> None:
+    from fullft.retention.report import table, write_report
+
+    if not (run_dir / "recipe.yaml").exists():
+        raise BadInput(f"{run_dir} is not a run folder of fullft (it has no recipe.yaml)")
+    write_report(run_dir)
+    print(table(run_dir))
+    print(f"\n{run_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
