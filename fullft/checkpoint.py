@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -30,6 +30,7 @@ from fullft.shards import (
     mesh_of_all_ranks,
     optimizer_shards,
     refresh_model_from_optimizer,
+    set_optimizer_shards,
     set_optimizer_step,
     to_dtensor,
 )
@@ -45,7 +46,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp_save(_tensors(engine), storage_writer=FileSystemWriter(partial, sync_files=True))
+    dcp_save(_tensors(list(optimizer_shards(engine))), storage_writer=FileSystemWriter(partial, sync_files=True))
     mine = [file for file in partial.iterdir() if file.name.startswith(f"__{dist.get_rank()}_")]
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, [_entry(file) for file in mine])
@@ -94,17 +95,20 @@ def newest(folder: Path) -> Path | None:
 
 def _load(engine: Any, path: Path, step: int) -> None:
     allocate_optimizer_states(engine)
-    dcp_load(_tensors(engine), storage_reader=FileSystemReader(path))
+    shards = list(optimizer_shards(engine))
+    dcp_load(_tensors(shards), storage_reader=FileSystemReader(path))
+    for _, parameter, states in shards:
+        set_optimizer_shards(parameter, states)
     set_optimizer_step(engine, step)
     refresh_model_from_optimizer(engine)
 
 
-def _tensors(engine: Any) -> dict[str, Any]:
-    """{state: {parameter name: DTensor}} over the optimizer's own memory, so loading writes in place."""
-    mesh = mesh_of_all_ranks(next(optimizer_shards(engine))[2]["weight"].device.type)
+def _tensors(shards: list[tuple[str, Any, dict[str, torch.Tensor]]]) -> dict[str, Any]:
+    """{state: {parameter name: DTensor}} over the memory of the shards, so that loading fills them."""
+    mesh = mesh_of_all_ranks(shards[0][2]["weight"].device.type)
     tensors: dict[str, dict[str, torch.Tensor]] = {state: {} for state in STATES}
-    for name, parameter, shards in optimizer_shards(engine):
-        for state, shard in shards.items():
+    for name, parameter, states in shards:
+        for state, shard in states.items():
             tensors[state][name] = to_dtensor(shard, parameter, mesh)
     return tensors
 

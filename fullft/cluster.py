@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from fullft.errors import EXIT_BAD_INPUT, BadInput
 
@@ -58,8 +59,8 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
         cluster = _from_mpi()
     elif "SLURM_JOB_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
         raise BadInput(
-            f"job {env['SLURM_JOB_ID']} has SLURM_NTASKS={env['SLURM_NTASKS']}, but this process was not started by srun: "
-            "put `srun` before the command"
+            f"job {env['SLURM_JOB_ID']} has SLURM_NTASKS={env['SLURM_NTASKS']}, but this process was not started by "
+            "srun: put `srun` before the command"
         )
     else:
         port = env.get("MASTER_PORT") or _free_port()
@@ -170,15 +171,14 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
         visible = get_accelerator().device_count()
         if cluster.local_rank >= visible:
             raise BadInput(
-                f"local rank {cluster.local_rank} on {socket.gethostname()} has no GPU: {visible} visible; start at most "
-                f"{visible} processes on a node"
+                f"local rank {cluster.local_rank} on {socket.gethostname()} has no GPU: {visible} visible; start at "
+                f"most {visible} processes on a node"
             )
         get_accelerator().set_device(cluster.local_rank)
     deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
     if torch.distributed.get_world_size() != cluster.world_size:
-        raise RuntimeError(
-            f"process group has {torch.distributed.get_world_size()} ranks, expected {cluster.world_size}"
-        )
+        joined = torch.distributed.get_world_size()
+        raise RuntimeError(f"process group has {joined} ranks, expected {cluster.world_size}")
 
 
 def leave() -> None:
@@ -191,7 +191,7 @@ def leave() -> None:
 
 
 def exit_now(code: int) -> None:
-    """End this process at once. Ordinary exit would wait for threads and collectives that other ranks no longer serve."""
+    """End this process at once: ordinary exit would wait for threads and collectives that no other rank serves."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -228,6 +228,6 @@ def host_report() -> dict[str, str]:
     report = {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py")}
     report |= {"python": platform.python_version(), "host": socket.gethostname(), "cpu_count": str(os.cpu_count())}
     report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     report["git_commit"] = git.stdout.strip() or "unknown"
     return report

@@ -72,6 +72,10 @@ def fill_config(
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }  # the rules of transformers' Trainer
     zero |= {key: value for key, value in automatic.items() if zero.get(key) == "auto"}
+    bf16 = precision == torch.bfloat16
+    if bf16 and plan.accumulation > 1:
+        # Unset, micro-batches are summed in bf16, whose 8 bits lose small gradients.
+        config = {"data_types": {"grad_accum_dtype": "fp32"}} | config
     return config | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -79,7 +83,7 @@ def fill_config(
         "train_batch_size": plan.global_batch_size,
         # Unset, DeepSpeed clips to 1.0.
         "gradient_clipping": recipe.train.max_grad_norm,
-        "bf16": {"enabled": precision == torch.bfloat16},
+        "bf16": {"enabled": bf16},
         # One engine.step() an optimizer step: the loop shows where the update is.
         "managed_gradient_accumulation": False,
         "steps_per_print": 2**31,

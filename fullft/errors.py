@@ -1,4 +1,4 @@
-"""The two ways a run ends early on purpose; both carry text for a person, and launch/train.py turns them into exit codes."""
+"""The two ways a run ends early on purpose. Both carry text for a person; launch/train.py makes exit codes of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EXIT_BAD_INPUT = 2
 
 
 class BadInput(Exception):
-    """Something the user gave is wrong, found before training starts (exit code 2). Holds every problem found, not the first."""
+    """What the user gave is wrong, found before training starts (exit code 2). Holds every problem found."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)

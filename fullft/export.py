@@ -56,7 +56,9 @@ def export(
         weights |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in persistent}
         partial = folder.with_suffix(".tmp")
         shutil.rmtree(partial, ignore_errors=True)
-        _write(engine.module, weights, tokenizer, partial, dtype, max_shard_gb, card)
+        _write(engine.module, weights, partial, dtype, max_shard_gb)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card)
         if folder.exists():
             shutil.rmtree(folder)  # of this very run, from an end that was interrupted
         partial.rename(folder)
@@ -64,15 +66,12 @@ def export(
 
 
 def _write(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str,
-    max_shard_gb: float, card: str,
-) -> None:  # fmt: skip
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, dtype: str, max_shard_gb: float
+) -> None:
     model.save_pretrained(folder, state_dict=weights, max_shard_size=f"{int(max_shard_gb * 1000)}MB")
     config = type(model.config).from_pretrained(folder)
     config.dtype, config.use_cache = _DTYPES[dtype], True
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
 
 
 def _gather(parameter: Any, dtype: torch.dtype) -> torch.Tensor:

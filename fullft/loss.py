@@ -11,7 +11,7 @@ IGNORE = -100  # label of a position without loss, as everywhere in PyTorch
 
 
 def labelled_logits(model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> Any:
-    """Forward pass; logits only where some row of the batch has a label, since the head costs 2·hidden·vocabulary a token.
+    """Forward pass, with logits only where some row has a label: the head costs 2·hidden·vocabulary FLOP a token.
 
     Args:
         model: a transformers causal language model, or the DeepSpeed engine around one.

@@ -141,7 +141,8 @@ def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problems.append(
-                f"model.path: config and weights of {folder} disagree: the files {what}: {'; '.join(names[:_SHOWN])}{more}"
+                f"model.path: config and weights of {folder} disagree: the files {what}: "
+                f"{'; '.join(names[:_SHOWN])}{more}"
             )
     return problems
 
@@ -154,7 +155,7 @@ def load(recipe: Recipe, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
     Raises:
         BadInput: the weights do not fit the config.
     """
-    # from_pretrained looks for this object to build under zero.Init; it holds a weak reference, so we keep a strong one.
+    # from_pretrained builds under zero.Init if this object exists; it holds a weak reference, so we keep a strong one.
     handle = HfDeepSpeedConfig(deepspeed_config)
     dtype = precision(recipe)
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -194,8 +195,8 @@ def require_documents_apart(engine: Any, attention: str) -> None:
     change = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-6))
     if change > 1e-3:
         raise BadInput(
-            f"model.attention: with {attention}, {type(engine.module).__name__} lets packed documents see each other (logits "
-            f"change by {change:.1%}); choose another attention, or data.packing=false"
+            f"model.attention: with {attention}, {type(engine.module).__name__} lets packed documents see each other "
+            f"(logits change by {change:.1%}); choose another attention, or data.packing=false"
         )
 
 

@@ -40,7 +40,7 @@ def _exempt_names(model: torch.nn.Module, kinds: Sequence[str]) -> set[str]:
 
 
 def build_optimizer(model: torch.nn.Module, train: Train, offload: bool) -> torch.optim.Optimizer:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019); on the CPU, by DeepSpeed's kernel, when offloaded."""
+    """AdamW with decoupled weight decay (Loshchilov & Hutter 2019); DeepSpeed's kernel on the CPU when offloaded."""
     groups = parameter_groups(model, train)
     settings: dict[str, Any] = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps}
     if offload:

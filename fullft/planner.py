@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: bool) -> dict[str, Any]:
-    """Bytes of the training state of one rank (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
+    """Bytes of one rank's training state (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
 
     bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
     fp32: 4 + 4 + 4 (DeepSpeed keeps a second fp32 copy) + 8 = 20. Activations and buffers come on top.

@@ -116,7 +116,12 @@ def check_run_folder(recipe: Recipe) -> None:
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether the run of this folder has ended well."""
+    """Whether this run has ended well before.
+
+    Raises:
+        BadInput: the run folder belongs to another recipe.
+    """
+    check_run_folder(recipe)
     state = recipe.run_folder / "state.json"
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
 
@@ -140,15 +145,16 @@ def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
     held = sum(file.stat().st_size for file in recipe.run_folder.rglob("*") if file.is_file())
     if (need := planned["run_folder_bytes"] - held) > free:
         problems.append(
-            f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, {free / planner.GIB:.1f} GiB "
-            "are free; free some, or lower checkpoint.keep"
+            f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, "
+            f"{free / planner.GIB:.1f} GiB are free; free some, or lower checkpoint.keep"
         )
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         if (need := planned["device_bytes_per_rank"]) > memory:
             fewest = math.ceil(planned["world_size"] * need / memory)
             problems.append(
-                f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they have "
-                f"{memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or use deepspeed=ds_configs/zero3_offload.json"
+                f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they "
+                f"have {memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or offload with "
+                "deepspeed=ds_configs/zero3_offload.json"
             )
     return problems

@@ -198,7 +198,8 @@ class Recipe(Section):
 # What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "train.micro_batch_size",
-    "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size", "model.trust_remote_code",
+    "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size",
+    "model.trust_remote_code",
 )  # fmt: skip
 
 

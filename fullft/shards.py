@@ -29,13 +29,22 @@ def local_part(parameter: Any) -> slice:
 
 
 def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
-    """(name, parameter, {state: shard [c] fp32}) of every parameter; the shards are the optimizer's own memory."""
+    """(name, parameter, {state: shard [c] fp32}) of every parameter; a copy when the optimizer is offloaded."""
     from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
     for name, parameter in engine.module.named_parameters():
         shards = {"weight": safe_get_local_fp32_param(parameter)}
         shards |= {state: safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]}
         yield name, parameter, shards
+
+
+def set_optimizer_shards(parameter: Any, shards: dict[str, torch.Tensor]) -> None:
+    """Write shards, as `optimizer_shards` gives them, back into the optimizer."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    safe_set_local_fp32_param(parameter, shards["weight"])
+    for state in STATES[1:]:
+        safe_set_local_optimizer_state(parameter, shards[state], state)
 
 
 def to_dtensor(shard: torch.Tensor, parameter: Any, mesh: DeviceMesh) -> DTensor:
@@ -74,9 +83,8 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 
 @torch.no_grad()
 def refresh_model_from_optimizer(engine: Any) -> None:
-    """After the fp32 shards have changed: copy them to the shards that forward uses, and gather resident parameters anew."""
-    for name, parameter, shards in optimizer_shards(engine):
-        del name
+    """After the fp32 shards have changed: copy them to those that forward uses, and gather resident parameters anew."""
+    for _, parameter, shards in optimizer_shards(engine):
         parameter.ds_tensor.copy_(shards["weight"])
     if resident := engine.optimizer.persistent_parameters:
         resident[0].partition(resident)

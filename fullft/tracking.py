@@ -57,13 +57,6 @@ class Tracker:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def table(self, name: str, columns: list[str], rows: list[list[Any]], step: int) -> None:
-        """A table in W&B (generated samples, retention)."""
-        if self._run is not None and step > self._last_step_sent:
-            import wandb
-
-            self._guarded(lambda run: run.log({f"tables/{name}": wandb.Table(columns=columns, data=rows)}, step=step))
-
     def finish(self, summary: dict[str, Any]) -> None:
         if self.is_main:
             self._bar.close()

@@ -1,4 +1,4 @@
-"""The training run. `train` reads top to bottom: batch, forward, loss, backward, update; then measure, evaluate, save."""
+"""The training run. `train` reads from top to bottom: forward, loss, backward, update; then measure, evaluate, save."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         (loss_sum_of_step,) = sum_over_ranks(float(loss_sum), device=engine.device)
         loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
-            stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, loss_of_step, grad_norm)
+            stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, grad_norm)
         step += 1
         tokens_seen += tokens_of_step
 
@@ -74,7 +74,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
         } | memory_metrics()  # fmt: skip
-        show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {tokens_of_step / seconds:,.0f} tokens/s"
+        speed = tokens_of_step / seconds
+        show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         if is_due(step, recipe.retention.every_steps, inputs.total_steps):
             row |= evaluate(inputs, engine, step, tracker)
         if is_due(step, recipe.tracking.every_steps, inputs.total_steps):
@@ -114,7 +115,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
-    for line in _introduction(recipe, cluster, inputs, trainable, engine):
+    for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
     if resumed:
         for skipped in resumed["skipped"]:
@@ -154,9 +155,14 @@ def memory_metrics() -> dict[str, float]:
 
 
 def stop_at_non_finite(
-    recipe: Recipe, cluster: Cluster, inputs: Inputs, step: int, batches: list[Batch], loss_sum: torch.Tensor, loss: float,
+    recipe: Recipe,
+    cluster: Cluster,
+    inputs: Inputs,
+    step: int,
+    batches: list[Batch],
+    loss_sum: torch.Tensor,
     grad_norm: float,
-) -> None:  # fmt: skip
+) -> None:
     """Save what led to a loss or gradient norm that is not finite, and stop on all ranks."""
     folder = recipe.run_folder / "failure" / f"step-{step + 1:08d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,11 +176,13 @@ def stop_at_non_finite(
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dist.barrier()
-    broken = [rank for rank, value in enumerate(losses) if not math.isfinite(value)]
-    where = f" (loss is not finite on rank {', '.join(map(str, broken))})" if broken else ""
+    broken = [str(rank) for rank, value in enumerate(losses) if not math.isfinite(value)]
+    what = (
+        f"the loss of rank {', '.join(broken)} is not finite" if broken else "the loss is finite, its gradient is not"
+    )
     good = checkpoint.newest(recipe.run_folder / "checkpoints")
     raise TrainingStopped(
-        f"step {step + 1}: loss {loss}, gradient norm {grad_norm}{where}. Its rows and batches are in {folder}. "
+        f"step {step + 1}: {what} (gradient norm {grad_norm}). The rows and batches of this step are in {folder}. "
         + (f"Last good checkpoint: {good}. " if good else "There is no checkpoint yet. ")
         + "Look at the rows, or lower train.learning_rate; starting again goes on from the checkpoint."
     )
@@ -209,20 +217,17 @@ def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     set_state(folder, "running")
 
 
-def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int, engine: Any) -> list[str]:
-    data, plan, facts = inputs.documents.summary, inputs.plan, inputs.facts
-    lost = {
-        key: value
-        for key, value in data.items()
-        if key in ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens") and value
-    }
-    sequences = f"{plan['sequences']:,} sequences of up to {recipe.data.sequence_length} tokens"
+def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int) -> list[str]:
+    data, plan = inputs.documents.summary, inputs.plan
+    lost = ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens")
+    losses = [f"{data[name]:,} {name.replace('_', ' ')}" for name in lost if data.get(name)]
     return [
-        f"model     {facts.architecture}, {trainable:,} parameters, all trainable, {model.precision(recipe)}, on {cluster.world_size} "
-        f"ranks (ZeRO stage {engine.zero_optimization_stage()})",
-        f"data      {data['rows']:,} rows, {data['documents']:,} documents, {data['tokens']:,} tokens, {data['trained_tokens']:,} trained on; "
-        f"{sequences}" + (f"; {lost}" if lost else ""),
-        f"step      {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
+        f"model  {inputs.facts.architecture}, {trainable:,} parameters, all trainable, {model.precision(recipe)}; "
+        f"ZeRO-3 over {cluster.world_size} ranks",
+        f"data   {data['rows']:,} rows, {data['documents']:,} documents, {data['tokens']:,} tokens, "
+        f"{data['trained_tokens']:,} of them trained on; {plan['sequences']:,} sequences of up to "
+        f"{recipe.data.sequence_length} tokens" + "".join(f"; {loss}" for loss in losses),
+        f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
         f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
-        f"run       {recipe.run_folder}",
+        f"run    {recipe.run_folder}",
     ]

@@ -34,6 +34,7 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 
 def main() -> None:
+    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     started = time.monotonic()
     train_texts, heldout = split_documentation()
     write_rows(INPUTS / "documentation.jsonl", [{"text": text} for text in train_texts])
@@ -55,7 +56,7 @@ def main() -> None:
     print(f"""
 {table(Path("runs/quickstart"))}
 
-The skill rose; what the base model knew of its text was lost on the way: that is forgetting. ({minutes} min {seconds} s)
+The skill rose, and what the base model knew was lost on the way: forgetting. ({minutes} min {seconds} s)
 
   tuned model   runs/quickstart/export           (AutoModelForCausalLM.from_pretrained)
   curves        runs/quickstart/report.html, metrics.jsonl; W&B: wandb sync runs/quickstart/wandb/offline-run-*
@@ -76,7 +77,7 @@ def split_documentation() -> tuple[list[str], list[str]]:
 
 
 def word_problems() -> list[dict[str, Any]]:
-    """Distinct sums in words, shuffled; a problem (its numbers and wording) occurs once, so train and test are disjoint."""
+    """Distinct sums in words, shuffled. Each text occurs once, so train and test are disjoint (the sums are not)."""
     people = ["Ann", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal"]
     things = ["apples", "books", "coins", "pens", "stamps", "toys"]
     problems = []
@@ -101,9 +102,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def write_random_model(
     folder: Path, texts: list[str], vocabulary_size: int = 1024, hidden_size: int = 192, layers: int = 2, heads: int = 6
 ) -> None:
-    """A byte-level BPE tokenizer trained on the texts, and a small Llama with random weights, as a Hugging Face folder."""
+    """A Hugging Face folder: byte-level BPE tokenizer trained on the texts, small Llama with random weights."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+
+    logging.disable_progress_bar()
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -123,9 +126,10 @@ def write_random_model(
     torch.manual_seed(0)
     end = fast.convert_tokens_to_ids("<|im_end|>")
     config = LlamaConfig(
-        vocab_size=len(fast), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, tie_word_embeddings=True,
-        bos_token_id=None, eos_token_id=end, pad_token_id=fast.pad_token_id, initializer_range=hidden_size**-0.5,
+        vocab_size=len(fast), hidden_size=hidden_size, intermediate_size=hidden_size * 8 // 3,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=hidden_size**-0.5,
+        bos_token_id=None, eos_token_id=end, pad_token_id=fast.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
@@ -134,10 +138,9 @@ def write_random_model(
 def launch(recipe: str) -> None:
     """`deepspeed --num_gpus 2 launch/train.py --config recipe`, one thread a rank, on the CPU."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(deepspeed), "--num_gpus", "2", "launch/train.py", "--config", recipe]
     print("$", " ".join(["deepspeed", *command[1:]]), flush=True)
-    if code := subprocess.run(command, env=environment, check=False).returncode:
+    if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)
 
 

@@ -35,11 +35,11 @@ def main() -> int:
         from fullft.retention.report import table
         from fullft.trainer import train
 
-        inputs = preflight(recipe, me.world_size)
         if finished(recipe):
             if me.is_main:
                 print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
             return EXIT_DONE
+        inputs = preflight(recipe, me.world_size)
         cluster.join(me, recipe.train.timeout_minutes)
         train(recipe, me, inputs)
         cluster.leave()

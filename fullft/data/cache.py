@@ -23,7 +23,7 @@ import filelock
 from datasets.arrow_writer import ArrowWriter
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.formats import BadRow, Conversation, Row, parse_row, read_rows, source_files
+from fullft.data.formats import BadRow, Conversation, Row, hub_dataset, parse_row, read_rows, source_files
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
@@ -83,7 +83,7 @@ def fingerprint(sources: Sequence[Source], data: Data, tokenizer: PreTrainedToke
     for source in sources:
         files = source_files(source)
         parts.append(source.model_dump(exclude={"path"}))
-        parts.append([_file_hash(file) for file in files] if files else source.path)
+        parts.append([_file_hash(file) for file in files] if files else hub_dataset(source)._fingerprint)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -205,8 +205,8 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
     """Raises BadInput when a row is a chat and the tokenizer cannot write chats."""
     if not tokenizer.chat_template:
         raise BadInput(
-            f"{row.where} is a chat, but the tokenizer has no chat template: add chat_template.jinja to the model folder, "
-            "or use a model that has one"
+            f"{row.where} is a chat, but the tokenizer has no chat template: add chat_template.jinja to the model "
+            "folder, or use a model that has one"
         )
 
 

@@ -9,6 +9,7 @@ text                {"text": ...}
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def source_files(source: Source) -> list[Path]:
     path = Path(source.path)
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]
+    matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]  # noqa: PTH207
     if not matches:
         if _looks_like_hub_name(source.path):
             return []
@@ -89,12 +90,7 @@ def _looks_like_hub_name(path: str) -> bool:
 
 def read_rows(source: Source) -> Iterator[Row]:
     """All rows of a source in file order. A line that is not JSON is a row with a problem, not the end of reading."""
-    count = 0
-    for row in _all_rows(source):
-        yield row
-        count += 1
-        if source.limit is not None and count >= source.limit:
-            return
+    yield from itertools.islice(_all_rows(source), source.limit)
 
 
 def _all_rows(source: Source) -> Iterator[Row]:
@@ -158,20 +154,26 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _dataset_rows(source: Source) -> Iterator[Row]:
-    """An Arrow folder (`Dataset.save_to_disk`), a folder of data files, or a hub name, through `datasets`."""
+    for number, value in enumerate(hub_dataset(source), start=1):
+        yield Row(source.path, number, value)
+
+
+def hub_dataset(source: Source) -> Any:
+    """An Arrow folder (`Dataset.save_to_disk`), a folder of data files, or a hub name, through `datasets`.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
     import datasets
 
     folder = Path(source.path)
     try:
         if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(source.path)
-            data = loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            data = datasets.load_dataset(source.path, source.subset, split=source.split)
+            return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
         raise BadInput(f"data set {source.path} (split {source.split}) cannot be loaded: {error}") from None
-    for number, value in enumerate(data, start=1):
-        yield Row(source.path, number, value)
 
 
 def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text:

@@ -73,9 +73,10 @@ def render(
     add_generation_prompt: bool = False,
 ) -> str:
     """The conversation as the model reads it, with all special tokens written out."""
-    return tokenizer.apply_chat_template(
+    text: str = tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-    )  # type: ignore[no-any-return]
+    )
+    return text
 
 
 def _encode_rendered(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
@@ -101,8 +102,8 @@ def _by_incremental_rendering(example: Conversation, tokenizer: PreTrainedTokeni
         after = render(tokenizer, example.messages[: position + 1], example.tools).rstrip()
         if not (after.startswith(before) and whole.startswith(after)):
             raise BadRow(
-                f"message {position + 1} is rendered differently by the chat template when later messages follow, so its "
-                "tokens cannot be told apart; use a template with {% generation %} marks, or data.train_on=all"
+                f"message {position + 1} is rendered differently by the chat template when later messages follow, so "
+                "its tokens cannot be told apart; use a template with {% generation %} marks, or data.train_on=all"
             )
         spans.append((len(before), len(after)))
     encoded = _encode_rendered(tokenizer, whole)

@@ -1,1 +1,1 @@
-"""What the base model could do, and what it is to learn: measured on the same items before, during and after training."""
+"""What the base model could do and what it is to learn, measured on the same items before, during and after."""

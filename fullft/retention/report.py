@@ -94,7 +94,7 @@ def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
         lines.append(f"base_model: {recipe.model.path}")
     lines += [
         "---", "", f"# {recipe.run_folder.name}", "",
-        f"Full fine-tuning of `{recipe.model.path}` with fullft: {report['steps']} steps, recipe {fingerprint(recipe)}.",
+        f"Full fine-tuning of `{recipe.model.path}` with fullft, {report['steps']} steps, {fingerprint(recipe)}.",
     ]  # fmt: skip
     if report["before_after"]:
         lines += ["", "## Before and after", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]

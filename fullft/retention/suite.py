@@ -1,4 +1,4 @@
-"""Tasks, and running them on all ranks of the live ZeRO-3 engine.
+"""Running the tasks on all ranks of the live ZeRO-3 engine.
 
 Every forward under ZeRO-3 is a collective, so all ranks must run equally many. Items are cut into the same batches on
 every rank; rank r runs batches r, r + W, ...; a rank that has one fewer runs its last batch again and throws the
@@ -7,12 +7,9 @@ result away. Batches do not depend on the world size, so neither do the results.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,116 +18,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.cache import require_chat_template, row_tokens
-from fullft.data.formats import BadRow, Conversation, Row, parse_row, read_rows
-from fullft.data.tokens import beginning, encode, render
-from fullft.errors import BadInput
 from fullft.loss import IGNORE, labelled_logits
-from fullft.recipe import Recipe, Source, Task
+from fullft.recipe import Recipe
+from fullft.retention.tasks import VALIDATION, Prepared, answer, prepare_tasks
 
-VALIDATION = "validation"  # name of the task that data.validation makes
 _SAMPLES_KEPT = 20
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing to measure, fixed for the whole run; `key` identifies it across evaluations."""
-
-    key: str
-    windows: list[tuple[list[int], list[int]]] = field(default_factory=list)  # text: (input ids, labels)
-    text_bytes: int = 0  # text: UTF-8 bytes that the labels spell, 0 for chats
-    prompt: list[int] = field(default_factory=list)  # generate
-    reference: str = ""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    name: str
-    kind: str
-    measures: str
-    items: list[Item]
-    task: Task | None = None
 
 
 class Suite:
     """All tasks of a run, prepared once."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Read and tokenize every task's items.
-
-        Raises:
-            BadInput: tasks without usable items, all of them named.
-        """
+        """Raises BadInput when a task cannot be measured."""
         self.folder = recipe.run_folder / "retention"
         self.samples = recipe.run_folder / "samples"
         self.tokenizer = tokenizer
-        self.width = recipe.data.sequence_length
         self.text_batch_size = recipe.train.micro_batch_size
         self.generation_batch_size = recipe.retention.generation_batch_size
-        self.tasks: list[Prepared] = []
-        problems: list[str] = []
-        if recipe.data.validation:
-            self._add(problems, VALIDATION, "text", "skill", recipe.data.validation, recipe.data.train_on)
-        for task in recipe.retention.tasks:
-            self._add(problems, task.name, task.kind, task.measures, [task.data], recipe.data.train_on, task)
-        if problems:
-            raise BadInput(problems)
-
-    def _add(
-        self, problems: list[str], name: str, kind: str, measures: str, sources: Sequence[Source], train_on: str,
-        task: Task | None = None,
-    ) -> None:  # fmt: skip
-        items: list[Item] = []
-        bad: list[str] = []
-        try:
-            for source in sources:
-                for row in read_rows(source):
-                    try:
-                        if kind == "generate" and task is not None:
-                            items.append(self._generate_item(row, source, task))
-                        else:
-                            items.append(self._text_item(row, source, train_on))
-                    except BadRow as error:
-                        bad.append(f"task {name}: {row.where}: {error}")
-        except BadInput as error:
-            problems += [f"task {name}: {problem}" for problem in error.problems]
-            return
-        if bad:
-            problems += [f"task {name}: {len(bad)} of {len(bad) + len(items)} rows cannot be used", *bad[:5]]
-        elif not items:
-            problems.append(f"task {name}: has no rows")
-        self.tasks.append(Prepared(name, kind, measures, items, task))
-
-    def _text_item(self, row: Row, source: Source, train_on: str) -> Item:
-        tokens = row_tokens(row, source, self.tokenizer, train_on)
-        example = parse_row(row.value or {}, source)
-        if isinstance(example, Conversation) or example.prompt:
-            return Item(_key(row), rolling_windows(tokens.ids, tokens.trained, self.width))
-        # Every token of plain text is scored, the first one from BOS (or EOS), and no end token, as lm-eval does.
-        start = beginning(self.tokenizer) or (self.tokenizer.eos_token_id,)
-        ids = [token for token in start if token is not None] + encode(self.tokenizer, example.text)
-        trained = [False] + [True] * (len(ids) - 1)
-        return Item(_key(row), rolling_windows(ids, trained, self.width), len(example.text.encode()))
-
-    def _generate_item(self, row: Row, source: Source, task: Task) -> Item:
-        if row.value is None:
-            raise BadRow(row.problem)
-        example = parse_row(row.value, source)
-        if isinstance(example, Conversation):
-            *before, last = example.messages
-            if last["role"] != "assistant" or not isinstance(last.get("content"), str):
-                raise BadRow("its last message is not an assistant's text to compare with")
-            require_chat_template(self.tokenizer, row)
-            text = render(self.tokenizer, before, example.tools, add_generation_prompt=True)
-            item = Item(_key(row), prompt=encode(self.tokenizer, text), reference=last["content"])
-        elif example.prompt:
-            prompt = [*beginning(self.tokenizer), *encode(self.tokenizer, example.prompt)]
-            item = Item(_key(row), prompt=prompt, reference=example.text)
-        else:
-            raise BadRow("is plain text: there is no prompt to answer")
-        if _answer(item.reference, task) is None:
-            raise BadRow(f"answer_pattern {task.answer_pattern!r} is not in its reference answer")
-        return item
+        self.tasks = prepare_tasks(recipe, tokenizer)
 
     def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
         """Run every task, write retention/step-….json, its items and samples/, and return the content of the former."""
@@ -170,24 +75,8 @@ class Suite:
             (self.samples / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(shown) + "\n")
 
 
-def rolling_windows(ids: list[int], trained: list[bool], width: int) -> list[tuple[list[int], list[int]]]:
-    """Inputs and labels, at most `width` long, in which every trained token is a label exactly once.
-
-    The last window is filled up with context from the left (as lm-evaluation-harness does).
-    """
-    windows = []
-    count = len(ids) - 1  # predictions
-    for start in range(0, count, width):
-        end = min(start + width, count)
-        first = max(0, end - width)
-        labels = [ids[i + 1] if i >= start and trained[i + 1] else IGNORE for i in range(first, end)]
-        if any(label != IGNORE for label in labels):
-            windows.append((ids[first:end], labels))
-    return windows
-
-
 def _share(count: int, run: Callable[[int], Any]) -> list[Any]:
-    """[run(0), ..., run(count - 1)] with the calls dealt out to the ranks, equally many on each; the list on every rank."""
+    """[run(0), ..., run(count - 1)] on every rank, the calls dealt out to the ranks, equally many on each."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
     for batch in range(rank, count + (-count) % world, world):
@@ -238,8 +127,7 @@ def _run_text(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, A
 
 def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, Any]]:
     """Per item: the greedy answer, and whether it equals the reference."""
-    assert prepared.task is not None
-    task, tokenizer = prepared.task, suite.tokenizer
+    tokenizer = suite.tokenizer
     stop = engine.module.generation_config.eos_token_id
     stops = {
         token for token in (stop if isinstance(stop, list) else [stop]) + [tokenizer.eos_token_id] if token is not None
@@ -257,7 +145,7 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
         )
         # synced_gpus: ranks whose answers end early go on running the forwards that the others need.
         answers = engine.module.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=task.max_new_tokens,
+            input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=prepared.max_new_tokens,
             eos_token_id=sorted(stops) or None, pad_token_id=padding, synced_gpus=dist.get_world_size() > 1,
             temperature=None, top_p=None, top_k=None,
         )  # fmt: skip
@@ -265,20 +153,12 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
         return list(zip(batches[batch], texts, strict=True))
 
     texts = dict(pair for result in _share(len(batches), run) for pair in result)
-    return [
-        {"correct": _answer(texts[number], task) == _answer(item.reference, task), "generation": texts[number]}
-        for number, item in enumerate(prepared.items)
-    ]  # a reference has always an answer, so None (no match) is never correct
-
-
-def _answer(text: str, task: Task) -> str | None:
-    """The part of a text that is compared; None when the pattern is not in it."""
-    if task.answer_pattern is None:
-        return text.strip()
-    found = list(re.finditer(task.answer_pattern, text))
-    if not found:
-        return None
-    return (found[-1].group(1) if found[-1].re.groups else found[-1].group(0)).strip()
+    results = []
+    for number, item in enumerate(prepared.items):
+        found = answer(texts[number], prepared.answer_pattern)
+        right = found is not None and found == answer(item.reference, prepared.answer_pattern)
+        results.append({"correct": right, "generation": texts[number]})
+    return results
 
 
 def _score(prepared: Prepared, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -307,10 +187,6 @@ def flat_metrics(report: dict[str, Any]) -> dict[str, float]:
         metrics |= {f"{prefix}/{task['metric']}": task["score"], f"{prefix}/drop": task["drop"]}
         metrics |= {f"{prefix}/{key}": value for key, value in task["extra"].items() if key != "tokens"}
     return metrics
-
-
-def _key(row: Row) -> str:
-    return hashlib.sha256(json.dumps(row.value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _file_name(step: int) -> str:

@@ -1,0 +1,33 @@
+# make quickstart: the main job in minutes.  make test: every test.  Both set up .venv first.
+PYTHON ?= python3
+VENV   := .venv
+# On a machine without GPU, `make TORCH="torch --index-url https://download.pytorch.org/whl/cpu"` saves 3 GB of CUDA.
+TORCH  ?= 'torch>=2.11,<2.14'
+READY  := $(VENV)/.ready
+
+.PHONY: quickstart test lint format clean
+
+quickstart: $(READY)
+	$(VENV)/bin/python launch/quickstart.py
+
+test: $(READY)
+	$(VENV)/bin/python -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(READY)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) runs
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet $(TORCH)
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $(READY)

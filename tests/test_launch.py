@@ -1,0 +1,306 @@
+"""Every launcher trains the same model, tells what is wrong with a recipe, and leaves no process behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hosts
+import psutil
+import pytest
+import slurm
+import ssh_hosts
+from conftest import CPU_RANKS, REPOSITORY, Launch, losses, metrics, write_recipe
+
+TRAIN = str(REPOSITORY / "launch" / "train.py")
+DEEPSPEED = f"{sysconfig.get_path('scripts')}/deepspeed"
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")  # the tests may be root, and have fewer cores than ranks
+MARK = "FULLFT_TEST_RUN"  # set in the environment of a run, by which its processes are found, on whatever host they are
+ON_HOSTS = CPU_RANKS | {"GLOO_SOCKET_IFNAME": "eth0"}
+
+
+def skip_if(reason: str | None) -> None:
+    if reason:
+        pytest.skip(reason)
+
+
+class Run:
+    """A launcher and all processes that came of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mark = {MARK: uuid.uuid4().hex}
+        self.log = folder / f"{self.mark[MARK]}.log"
+        self.launcher: subprocess.Popen[str] | None = None
+
+    def start(self, *command: str, popen: Callable[..., subprocess.Popen[str]] | None = None, **env: str) -> None:
+        """Start a launcher, here or by the popen of a host. Its output and that of the ranks goes into the log."""
+        with self.log.open("w") as log:
+            streams = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL, "cwd": self.folder}
+            if popen:
+                self.launcher = popen(*command, env=env | self.mark, **streams)
+            else:  # in a session of its own, so that Ctrl-C at the tests reaches only the tests, which clean up
+                self.launcher = subprocess.Popen(
+                    command, env=os.environ | env | self.mark, text=True, start_new_session=True, **streams
+                )
+
+    def wait(self, seconds: float) -> int:
+        """The exit code of the launcher, which must come within this time."""
+        assert self.launcher
+        try:
+            return self.launcher.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the launcher still runs after {seconds} s:\n{self.output[-6000:]}")
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def processes(self) -> list[psutil.Process]:
+        """Those alive now, oldest first."""
+        found = psutil.process_iter(["environ", "create_time"])
+        mine = [process for process in found if (process.info["environ"] or {}).get(MARK) == self.mark[MARK]]
+        return sorted(mine, key=lambda process: process.info["create_time"])
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank, under a launcher which sets RANK."""
+        for process in self.processes():
+            if process.info["environ"].get("RANK") == str(number) and TRAIN in process.cmdline():
+                return process
+        raise AssertionError(f"rank {number} does not run:\n{self.output[-6000:]}")
+
+    def assert_nothing_left(self, seconds: float = 5) -> None:
+        deadline = time.monotonic() + seconds
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"still running: {[process.cmdline() for process in left]}"
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """Kill whatever is there, until nothing is."""
+        while alive := self.processes():
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if self.launcher:
+                self.launcher.poll()  # reaps it
+            time.sleep(0.05)
+        if self.launcher:
+            self.launcher.kill()
+            self.launcher.wait(10)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    try:
+        yield run
+    finally:
+        run.end()
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, list[float]]:
+    """What the tests of this file find out once for all of them."""
+    return {}
+
+
+@pytest.fixture
+def expected(known: dict[str, list[float]], recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> list[float]:
+    """The losses of the recipe under torchrun; trained when the first test asks."""
+    if "losses" not in known:
+        run = recipe | {"run_dir": str(tmp_path / "torchrun")}
+        launch(run)
+        assert_trained_by("torchrun", run)
+        known["losses"] = losses(run)
+    return known["losses"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def arguments(recipe: dict[str, Any]) -> tuple[str, ...]:
+    """What comes after the launcher's own options, where that starts a Python script."""
+    config = write_recipe(recipe, Path(recipe["run_dir"]).with_suffix(".yaml"))
+    return (TRAIN, "--config", str(config))
+
+
+def deepspeed_here() -> tuple[str, ...]:
+    return (DEEPSPEED, "--num_gpus", "2", "--master_port", free_port())
+
+
+def assert_trained_by(launcher: str, recipe: dict[str, Any]) -> None:
+    """Launchers do not carry exit codes faithfully, so the run folder is asked."""
+    folder = Path(recipe["run_dir"])
+    assert json.loads((folder / "state.json").read_text())["status"] == "done"
+    environment = json.loads((folder / "env.json").read_text())
+    assert (environment["launcher"], environment["world_size"]) == (launcher, "2")
+    assert len(losses(recipe)) == recipe["train"]["steps"]
+
+
+@pytest.mark.ranks
+def test_deepspeed_trains_as_torchrun_does(recipe: dict[str, Any], expected: list[float], run: Run) -> None:
+    run.start(*deepspeed_here(), *arguments(recipe))
+    assert run.wait(120) == 0, run.output
+    assert_trained_by("deepspeed", recipe)
+    assert losses(recipe) == expected  # bit for bit
+    run.assert_nothing_left()
+
+
+@pytest.mark.ranks
+def test_mpirun_trains_as_torchrun_does(recipe: dict[str, Any], expected: list[float], run: Run) -> None:
+    skip_if(hosts.missing("mpirun"))
+    run.start(*MPIRUN, "-n", "2", sys.executable, *arguments(recipe))
+    assert run.wait(120) == 0, run.output
+    assert_trained_by("mpirun", recipe)
+    assert losses(recipe) == expected
+    run.assert_nothing_left()
+
+
+@pytest.mark.cluster
+def test_deepspeed_over_two_hosts_trains_as_torchrun_does_on_one(
+    recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
+) -> None:
+    skip_if(ssh_hosts.unavailable() or hosts.missing("pdsh"))
+    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
+        # ssh carries no environment: DeepSpeed sets on the other hosts what this file holds.
+        sent = tmp_path / "deepspeed_env"
+        sent.write_text("".join(f"{name}={value}\n" for name, value in (ON_HOSTS | run.mark).items()))
+        command = (DEEPSPEED, "--hostfile", str(ssh.hostfile), *arguments(recipe))
+        run.start(
+            *command, popen=lambda *words, **options: ssh.popen_on("n0", *words, **options), DS_ENV_FILE=str(sent)
+        )
+        assert run.wait(120) == 0, run.output
+        run.assert_nothing_left()
+    assert_trained_by("deepspeed", recipe)
+    assert losses(recipe) == expected
+
+
+@pytest.mark.cluster
+def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
+    recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
+) -> None:
+    skip_if(slurm.unavailable())
+    # The batch shell of a real job: the variables that it sets beside those of the step must not confuse the ranks.
+    script = tmp_path / "job.sh"
+    job = " ".join(["exec", "srun", sys.executable, *arguments(recipe)])
+    script.write_text(f"#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=1\n{job}\n")
+    with slurm.Slurm(tmp_path / "slurm", nodes=2) as cluster:
+        command = ("sbatch", "--wait", f"--output={tmp_path}/job.log", str(script))
+        run.start(*command, popen=cluster.popen, **ON_HOSTS)
+        assert run.wait(120) == 0, run.output + (tmp_path / "job.log").read_text()
+        run.assert_nothing_left()
+    assert_trained_by("srun", recipe)
+    assert losses(recipe) == expected
+
+
+# Where every rank ends by itself with code 2, these launchers end with it too. (torchrun makes it 1; `srun -K` 143, as
+# the task which it terminates weighs more.)
+@pytest.mark.ranks
+@pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
+def test_a_bad_recipe_is_told_once_and_ends_the_launcher_with_code_2(
+    launcher: str, recipe: dict[str, Any], run: Run
+) -> None:
+    recipe["train"] |= {"learning_rate": -1, "lr_scheduler": "cosine"}
+    recipe["data"]["sequence_length"] = 0
+    if launcher == "mpirun":
+        skip_if(hosts.missing("mpirun"))
+        command = (*MPIRUN, "-n", "2", sys.executable)
+    else:
+        command = deepspeed_here()
+    run.start(*command, *arguments(recipe))
+    assert run.wait(30) == 2, run.output
+    for key in ("train.learning_rate", "train.lr_scheduler", "data.sequence_length"):
+        assert run.output.count(f"  - {key}: ") == 1, run.output
+    assert run.output.count("nothing was started") == 1
+    assert "Traceback" not in run.output
+    assert not Path(recipe["run_dir"]).exists()
+    run.assert_nothing_left()
+
+
+@pytest.mark.ranks
+def test_what_only_the_inputs_show_is_told_once_too(recipe: dict[str, Any], run: Run) -> None:
+    """Unlike a bad recipe, bad data and models are found after long imports, which ranks end at different times."""
+    recipe["model"]["path"] = str(run.folder / "no-model")
+    recipe["data"]["train"] = str(run.folder / "no-data.jsonl")
+    run.start(*deepspeed_here(), *arguments(recipe))
+    assert run.wait(60) == 2, run.output
+    for found in ("no-model", "no-data.jsonl"):
+        assert sum(found in line for line in run.output.splitlines() if line.startswith("  - ")) == 1, run.output
+    run.assert_nothing_left()
+
+
+@pytest.mark.ranks
+def test_a_killed_rank_ends_the_whole_run_under_deepspeed(recipe: dict[str, Any], run: Run) -> None:
+    recipe["train"]["steps"] = 100_000
+    recipe["checkpoint"]["every_steps"] = 100_000
+    run.start(*deepspeed_here(), *arguments(recipe))
+    deadline = time.monotonic() + 120
+    while not ((Path(recipe["run_dir"]) / "metrics.jsonl").exists() and len(metrics(recipe)) > 3):
+        assert time.monotonic() < deadline, run.output
+        assert run.launcher
+        assert run.launcher.poll() is None, run.output
+        time.sleep(0.1)
+    assert len(run.processes()) >= 4  # the launcher, its process for this node, and the ranks: they can be found
+    run.rank(1).kill()
+    killed = time.monotonic()
+    assert run.wait(60) != 0, run.output
+    run.assert_nothing_left(seconds=60 - (time.monotonic() - killed))
+    assert json.loads((Path(recipe["run_dir"]) / "state.json").read_text())["status"] == "running"  # and not done
+
+
+PLACE = """
+import dataclasses, json
+from fullft import cluster
+print(json.dumps(dataclasses.asdict(cluster.discover())), flush=True)
+"""
+
+
+def places(run: Run) -> list[dict[str, Any]]:
+    """What the processes of a run that print their PLACE have printed, by rank."""
+    lines = [json.loads(line) for line in run.output.splitlines() if line.startswith("{")]
+    return sorted(lines, key=lambda place: place["rank"])
+
+
+@pytest.mark.ranks
+@pytest.mark.xfail(strict=True, reason="product: the variables of a job step win over those of mpirun")
+def test_mpirun_inside_a_job_step_has_the_say(run: Run) -> None:
+    """As in a batch job: mpirun starts its daemons on the other nodes by srun, and their ranks inherit that step."""
+    skip_if(hosts.missing("mpirun"))
+    step = {
+        "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n1",
+    }  # fmt: skip
+    inherited = [word for name, value in step.items() for word in ("-x", f"{name}={value}")]
+    run.start(*MPIRUN, *inherited, "-n", "2", sys.executable, "-c", PLACE)
+    assert run.wait(60) == 0, run.output
+    assert [(place["rank"], place["world_size"], place["launcher"]) for place in places(run)] == [
+        (0, 2, "mpirun"),
+        (1, 2, "mpirun"),
+    ]
+
+
+@pytest.mark.cluster
+@pytest.mark.xfail(strict=True, reason="product: the master is 127.0.0.1 where there is no route to 10.255.255.255")
+def test_mpirun_over_two_hosts_names_a_master_that_both_reach(run: Run, tmp_path: Path) -> None:
+    skip_if(ssh_hosts.unavailable() or hosts.missing("mpirun"))
+    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
+        network = ("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0")
+        command = (*MPIRUN, *network, "-x", MARK, "-n", "2", "--host", "n0:1,n1:1", sys.executable, "-c", PLACE)
+        run.start(*command, popen=lambda *words, **options: ssh.popen_on("n0", *words, **options), **ON_HOSTS)
+        assert run.wait(60) == 0, run.output
+        assert [place["rank"] for place in places(run)] == [0, 1]
+        (master,) = {place["master_addr"] for place in places(run)}
+        assert master in ("n0", ssh.network.addresses["n0"])
