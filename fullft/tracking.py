@@ -50,6 +50,7 @@ class Tracker:
         else:
             self._bar.set_postfix_str(show, refresh=False)
             self._bar.update(step - self._bar.n)
+            self._bar.refresh()
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""

@@ -33,7 +33,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
     """
     engine, step, tokens_seen, tracker = set_up(recipe, cluster, inputs)
-    if step == 0:
+    if step == 0 and inputs.suite.tasks:
         tracker.log(0, evaluate(inputs, engine, 0, tracker), "before training")
 
     while step < inputs.total_steps:
@@ -76,9 +76,10 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         } | memory_metrics()  # fmt: skip
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
-        if is_due(step, recipe.retention.every_steps, inputs.total_steps):
+        evaluated = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
+        if evaluated:
             row |= evaluate(inputs, engine, step, tracker)
-        if is_due(step, recipe.tracking.every_steps, inputs.total_steps):
+        if evaluated or is_due(step, recipe.tracking.every_steps, inputs.total_steps):
             tracker.log(step, row, show)
         if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
             state = {
@@ -100,6 +101,8 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
     """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
     if cluster.is_main:
         _write_run_folder(recipe, cluster, inputs)
+    if cluster.is_main:
+        print(f"loading {recipe.model.path}", flush=True)
     torch.manual_seed(recipe.train.seed)
     loaded = model.load(recipe, inputs.deepspeed_config)
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
@@ -134,8 +137,6 @@ def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any]:
     """Run the retention suite; its numbers as metrics."""
-    if not inputs.suite.tasks:
-        return {}
     started = time.perf_counter()
     report = inputs.suite.evaluate(engine, step)
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")

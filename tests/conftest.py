@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY / "launch"))  # quickstart.py has the tokenizer and the random model
 
 CPU_RANKS = {
-    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
-    "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 os.environ |= CPU_RANKS
 

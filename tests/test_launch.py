@@ -12,20 +12,21 @@ import sysconfig
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import hosts
 import psutil
 import pytest
 import slurm
 import ssh_hosts
-from conftest import CPU_RANKS, REPOSITORY, Launch, losses, metrics, write_recipe
+from conftest import CPU_RANKS, REPOSITORY, losses, metrics, torchrun, write_recipe
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 DEEPSPEED = f"{sysconfig.get_path('scripts')}/deepspeed"
-MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")  # the tests may be root, and have fewer cores than ranks
 MARK = "FULLFT_TEST_RUN"  # set in the environment of a run, by which its processes are found, on whatever host they are
+TRAINING_SECONDS = 240  # start to end takes 10 where nothing else runs
 ON_HOSTS = CPU_RANKS | {"GLOO_SOCKET_IFNAME": "eth0"}
 
 
@@ -35,13 +36,28 @@ def skip_if(reason: str | None) -> None:
 
 
 class Run:
-    """A launcher and all processes that came of it."""
+    """A launcher and all processes that came of it. None of them outlives the `with` block."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.mark = {MARK: uuid.uuid4().hex}
         self.log = folder / f"{self.mark[MARK]}.log"
         self.launcher: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while alive := self.processes():
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            if self.launcher:
+                self.launcher.poll()  # reaps it
+            time.sleep(0.05)
+        if self.launcher:
+            self.launcher.kill()
+            self.launcher.wait(10)
 
     def start(self, *command: str, popen: Callable[..., subprocess.Popen[str]] | None = None, **env: str) -> None:
         """Start a launcher, here or by the popen of a host. Its output and that of the ranks goes into the log."""
@@ -85,27 +101,33 @@ class Run:
             assert time.monotonic() < deadline, f"still running: {[process.cmdline() for process in left]}"
             time.sleep(0.1)
 
-    def end(self) -> None:
-        """Kill whatever is there, until nothing is."""
-        while alive := self.processes():
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            if self.launcher:
-                self.launcher.poll()  # reaps it
-            time.sleep(0.05)
-        if self.launcher:
-            self.launcher.kill()
-            self.launcher.wait(10)
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path)
-    try:
+    with Run(tmp_path) as run:
         yield run
-    finally:
-        run.end()
+
+
+# Fixtures that may skip stand before `expected` in a test, so that nothing is trained in vain.
+@pytest.fixture
+def mpirun() -> tuple[str, ...]:
+    """The launcher with the options that it needs here."""
+    skip_if(hosts.missing("mpirun"))
+    return ("mpirun", "--allow-run-as-root", "--oversubscribe")  # tests may be root, and have fewer cores than ranks
+
+
+@pytest.fixture
+def ssh(tmp_path: Path) -> Iterator[ssh_hosts.SshHosts]:
+    skip_if(ssh_hosts.unavailable() or hosts.missing("pdsh"))
+    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
+        yield ssh
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[slurm.Slurm]:
+    skip_if(slurm.unavailable())
+    with slurm.Slurm(tmp_path / "slurm", nodes=2) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -115,13 +137,16 @@ def known() -> dict[str, list[float]]:
 
 
 @pytest.fixture
-def expected(known: dict[str, list[float]], recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> list[float]:
+def expected(known: dict[str, list[float]], recipe: dict[str, Any], tmp_path: Path) -> list[float]:
     """The losses of the recipe under torchrun; trained when the first test asks."""
     if "losses" not in known:
-        run = recipe | {"run_dir": str(tmp_path / "torchrun")}
-        launch(run)
-        assert_trained_by("torchrun", run)
-        known["losses"] = losses(run)
+        reference = recipe | {"run_dir": str(tmp_path / "torchrun")}
+        with Run(tmp_path) as run:
+            run.start(*torchrun(ranks=2), *arguments(reference))
+            assert run.wait(TRAINING_SECONDS) == 0, run.output
+            run.assert_nothing_left()
+        assert_trained_by("torchrun", reference)
+        known["losses"] = losses(reference)
     return known["losses"]
 
 
@@ -153,17 +178,18 @@ def assert_trained_by(launcher: str, recipe: dict[str, Any]) -> None:
 @pytest.mark.ranks
 def test_deepspeed_trains_as_torchrun_does(recipe: dict[str, Any], expected: list[float], run: Run) -> None:
     run.start(*deepspeed_here(), *arguments(recipe))
-    assert run.wait(120) == 0, run.output
+    assert run.wait(TRAINING_SECONDS) == 0, run.output
     assert_trained_by("deepspeed", recipe)
     assert losses(recipe) == expected  # bit for bit
     run.assert_nothing_left()
 
 
 @pytest.mark.ranks
-def test_mpirun_trains_as_torchrun_does(recipe: dict[str, Any], expected: list[float], run: Run) -> None:
-    skip_if(hosts.missing("mpirun"))
-    run.start(*MPIRUN, "-n", "2", sys.executable, *arguments(recipe))
-    assert run.wait(120) == 0, run.output
+def test_mpirun_trains_as_torchrun_does(
+    mpirun: tuple[str, ...], recipe: dict[str, Any], expected: list[float], run: Run
+) -> None:
+    run.start(*mpirun, "-n", "2", sys.executable, *arguments(recipe))
+    assert run.wait(TRAINING_SECONDS) == 0, run.output
     assert_trained_by("mpirun", recipe)
     assert losses(recipe) == expected
     run.assert_nothing_left()
@@ -171,39 +197,32 @@ def test_mpirun_trains_as_torchrun_does(recipe: dict[str, Any], expected: list[f
 
 @pytest.mark.cluster
 def test_deepspeed_over_two_hosts_trains_as_torchrun_does_on_one(
-    recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
+    ssh: ssh_hosts.SshHosts, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
 ) -> None:
-    skip_if(ssh_hosts.unavailable() or hosts.missing("pdsh"))
-    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
-        # ssh carries no environment: DeepSpeed sets on the other hosts what this file holds.
-        sent = tmp_path / "deepspeed_env"
-        sent.write_text("".join(f"{name}={value}\n" for name, value in (ON_HOSTS | run.mark).items()))
-        command = (DEEPSPEED, "--hostfile", str(ssh.hostfile), *arguments(recipe))
-        run.start(
-            *command, popen=lambda *words, **options: ssh.popen_on("n0", *words, **options), DS_ENV_FILE=str(sent)
-        )
-        assert run.wait(120) == 0, run.output
-        run.assert_nothing_left()
+    # ssh carries no environment: DeepSpeed sets on the other hosts what this file holds.
+    sent = tmp_path / "deepspeed_env"
+    sent.write_text("".join(f"{name}={value}\n" for name, value in (ON_HOSTS | run.mark).items()))
+    command = (DEEPSPEED, "--hostfile", str(ssh.hostfile), *arguments(recipe))
+    run.start(*command, popen=partial(ssh.popen_on, "n0"), DS_ENV_FILE=str(sent))
+    assert run.wait(TRAINING_SECONDS) == 0, run.output
     assert_trained_by("deepspeed", recipe)
     assert losses(recipe) == expected
+    run.assert_nothing_left()
 
 
 @pytest.mark.cluster
 def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
-    recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
+    nodes: slurm.Slurm, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
 ) -> None:
-    skip_if(slurm.unavailable())
-    # The batch shell of a real job: the variables that it sets beside those of the step must not confuse the ranks.
+    # In the batch shell of a real job: the variables that it has beside those of the step must not confuse the ranks.
     script = tmp_path / "job.sh"
     job = " ".join(["exec", "srun", sys.executable, *arguments(recipe)])
     script.write_text(f"#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=1\n{job}\n")
-    with slurm.Slurm(tmp_path / "slurm", nodes=2) as cluster:
-        command = ("sbatch", "--wait", f"--output={tmp_path}/job.log", str(script))
-        run.start(*command, popen=cluster.popen, **ON_HOSTS)
-        assert run.wait(120) == 0, run.output + (tmp_path / "job.log").read_text()
-        run.assert_nothing_left()
+    run.start("sbatch", "--wait", f"--output={tmp_path}/job.log", str(script), popen=nodes.popen, **ON_HOSTS)
+    assert run.wait(TRAINING_SECONDS) == 0, run.output + (tmp_path / "job.log").read_text()
     assert_trained_by("srun", recipe)
     assert losses(recipe) == expected
+    run.assert_nothing_left()
 
 
 # Where every rank ends by itself with code 2, these launchers end with it too. (torchrun makes it 1; `srun -K` 143, as
@@ -211,17 +230,16 @@ def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
 @pytest.mark.ranks
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpirun"])
 def test_a_bad_recipe_is_told_once_and_ends_the_launcher_with_code_2(
-    launcher: str, recipe: dict[str, Any], run: Run
+    launcher: str, recipe: dict[str, Any], run: Run, request: pytest.FixtureRequest
 ) -> None:
     recipe["train"] |= {"learning_rate": -1, "lr_scheduler": "cosine"}
     recipe["data"]["sequence_length"] = 0
     if launcher == "mpirun":
-        skip_if(hosts.missing("mpirun"))
-        command = (*MPIRUN, "-n", "2", sys.executable)
+        command = (*request.getfixturevalue("mpirun"), "-n", "2", sys.executable)
     else:
         command = deepspeed_here()
     run.start(*command, *arguments(recipe))
-    assert run.wait(30) == 2, run.output
+    assert run.wait(45) == 2, run.output
     for key in ("train.learning_rate", "train.lr_scheduler", "data.sequence_length"):
         assert run.output.count(f"  - {key}: ") == 1, run.output
     assert run.output.count("nothing was started") == 1
@@ -247,7 +265,7 @@ def test_a_killed_rank_ends_the_whole_run_under_deepspeed(recipe: dict[str, Any]
     recipe["train"]["steps"] = 100_000
     recipe["checkpoint"]["every_steps"] = 100_000
     run.start(*deepspeed_here(), *arguments(recipe))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TRAINING_SECONDS
     while not ((Path(recipe["run_dir"]) / "metrics.jsonl").exists() and len(metrics(recipe)) > 3):
         assert time.monotonic() < deadline, run.output
         assert run.launcher
@@ -276,15 +294,14 @@ def places(run: Run) -> list[dict[str, Any]]:
 
 @pytest.mark.ranks
 @pytest.mark.xfail(strict=True, reason="product: the variables of a job step win over those of mpirun")
-def test_mpirun_inside_a_job_step_has_the_say(run: Run) -> None:
+def test_mpirun_inside_a_job_step_has_the_say(mpirun: tuple[str, ...], run: Run) -> None:
     """As in a batch job: mpirun starts its daemons on the other nodes by srun, and their ranks inherit that step."""
-    skip_if(hosts.missing("mpirun"))
     step = {
         "SLURM_JOB_ID": "71", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "n1",
     }  # fmt: skip
     inherited = [word for name, value in step.items() for word in ("-x", f"{name}={value}")]
-    run.start(*MPIRUN, *inherited, "-n", "2", sys.executable, "-c", PLACE)
+    run.start(*mpirun, *inherited, "-n", "2", sys.executable, "-c", PLACE)
     assert run.wait(60) == 0, run.output
     assert [(place["rank"], place["world_size"], place["launcher"]) for place in places(run)] == [
         (0, 2, "mpirun"),
@@ -294,13 +311,13 @@ def test_mpirun_inside_a_job_step_has_the_say(run: Run) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.xfail(strict=True, reason="product: the master is 127.0.0.1 where there is no route to 10.255.255.255")
-def test_mpirun_over_two_hosts_names_a_master_that_both_reach(run: Run, tmp_path: Path) -> None:
-    skip_if(ssh_hosts.unavailable() or hosts.missing("mpirun"))
-    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
-        network = ("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0")
-        command = (*MPIRUN, *network, "-x", MARK, "-n", "2", "--host", "n0:1,n1:1", sys.executable, "-c", PLACE)
-        run.start(*command, popen=lambda *words, **options: ssh.popen_on("n0", *words, **options), **ON_HOSTS)
-        assert run.wait(60) == 0, run.output
-        assert [place["rank"] for place in places(run)] == [0, 1]
-        (master,) = {place["master_addr"] for place in places(run)}
-        assert master in ("n0", ssh.network.addresses["n0"])
+def test_mpirun_over_two_hosts_names_a_master_that_both_reach(
+    ssh: ssh_hosts.SshHosts, mpirun: tuple[str, ...], run: Run
+) -> None:
+    network = ("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0")
+    command = (*mpirun, *network, "-x", MARK, "-n", "2", "--host", "n0:1,n1:1", sys.executable, "-c", PLACE)
+    run.start(*command, popen=partial(ssh.popen_on, "n0"))
+    assert run.wait(60) == 0, run.output
+    assert [place["rank"] for place in places(run)] == [0, 1]
+    (master,) = {place["master_addr"] for place in places(run)}
+    assert master in ("n0", ssh.network.addresses["n0"])

@@ -1,0 +1,747 @@
+"""What a user can give wrong: told before start with file, row, key and advice, exit code 2, no rank left hanging."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from conftest import REPOSITORY, chat, chats, torchrun, write_jsonl, write_recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fullft.errors import BadInput
+from fullft.preflight import preflight
+from fullft.recipe import parse_recipe
+
+TRAIN = str(REPOSITORY / "launch" / "train.py")
+
+
+def problems(recipe: dict[str, Any], *overrides: str, ranks: int = 2) -> list[str]:
+    """What preflight says about a recipe that it must refuse."""
+    with pytest.raises(BadInput) as caught:
+        preflight(parse_recipe(copy.deepcopy(recipe), overrides), ranks)
+    assert not torch.distributed.is_initialized()
+    return caught.value.problems
+
+
+def problem(recipe: dict[str, Any], *overrides: str, ranks: int = 2) -> str:
+    """The only thing that is said."""
+    (only,) = problems(recipe, *overrides, ranks=ranks)
+    return only
+
+
+def with_rows(recipe: dict[str, Any], rows: list[Any], **settings: Any) -> tuple[dict[str, Any], Path]:
+    """The recipe with these training rows, and the file they are in."""
+    file = write_jsonl(Path(recipe["run_dir"]).parent / "rows.jsonl", rows)
+    return recipe | {"data": recipe["data"] | {"train": str(file)} | settings}, file
+
+
+@pytest.fixture
+def own_model(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """A copy of the model to be broken, in the recipe already."""
+    folder = tmp_path / "model"
+    shutil.copytree(recipe["model"]["path"], folder)
+    recipe["model"] = {"path": str(folder)}
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# Files
+
+
+def test_a_good_recipe_passes(recipe: dict[str, Any]) -> None:
+    inputs = preflight(parse_recipe(recipe), 2)
+    assert inputs.total_steps == 4
+    assert inputs.documents.summary["documents"] == 40
+
+
+USES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "data.train": lambda path: {"data": {"train": path}},
+    "data.validation": lambda path: {"data": {"validation": path}},
+    "retention.tasks": lambda path: {"retention": {"tasks": [{"name": "t", "kind": "text", "data": path}]}},
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", ["missing.jsonl", "missing-*.jsonl", "missing/rows.parquet"])
+def test_a_missing_file_is_named(recipe: dict[str, Any], tmp_path: Path, use: str, name: str) -> None:
+    for section, keys in USES[use](str(tmp_path / name)).items():
+        recipe[section] = recipe.get(section, {}) | keys
+    said = problem(recipe)
+    assert str(tmp_path / name) in said
+    assert "does not exist" in said
+
+
+EMPTY = {
+    "no byte.jsonl": b"", "no byte.json": b"", "no byte.parquet": b"", "blank lines.jsonl": b"\n \n",
+    "no row.json": b"[]",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("name", [*EMPTY, "no row.parquet"])
+def test_a_file_without_rows_is_named(recipe: dict[str, Any], tmp_path: Path, use: str, name: str) -> None:
+    file = tmp_path / name
+    if name in EMPTY:
+        file.write_bytes(EMPTY[name])
+    else:
+        datasets.Dataset.from_list(chats(2)).select([]).to_parquet(file)
+    for section, keys in USES[use](str(file)).items():
+        recipe[section] = recipe.get(section, {}) | keys
+    said = problem(recipe)
+    assert str(file) in said
+    assert "empty" in said or "no row" in said
+
+
+def test_a_file_without_rows_beside_one_that_has_some_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "none.json").write_text("[]")
+    recipe["data"]["train"] = [recipe["data"]["train"], str(tmp_path / "none.json")]
+    assert str(tmp_path / "none.json") in problem(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", b"text", "unknown kind"),
+        ("a.jsonl.gz", b"\x1f\x8b", "unknown kind"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "not valid JSON"),
+        ("a.json", b'{"rows": []}', "list of rows"),
+        ("a.json", b"[{]", "not valid JSON"),
+        ("a.parquet", b"PAR1 not really", "not a Parquet file"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_named(
+    recipe: dict[str, Any], tmp_path: Path, name: str, content: bytes, told: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    said = problem(recipe, f"data.train={tmp_path / name}")
+    assert str(tmp_path / name) in said
+    assert told in said
+
+
+def test_a_parquet_file_damaged_in_the_middle_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([chat(f"{i}?", f"It is {i * i}.") for i in range(500)]).to_parquet(file)
+    content = bytearray(file.read_bytes())
+    content[100:1000] = bytes(900)
+    file.write_bytes(content)
+    assert str(file) in problem(recipe, f"data.train={file}")
+
+
+def test_a_folder_without_data_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    assert str(tmp_path / "nothing") in problem(recipe, f"data.train={tmp_path / 'nothing'}")
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_reached_is_named(recipe: dict[str, Any]) -> None:
+    said = problem(recipe, "data.train=owner/name")
+    assert "owner/name" in said
+    assert "cannot be loaded" in said
+
+
+# Rows
+
+
+def messages(*roles: str) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": "text"} for role in roles]}
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "text"}, {"role": "assistant"} | fields]}
+
+
+BAD_ROWS: list[tuple[Any, str]] = [
+    ("{broken", "not valid JSON"),
+    ('{"messages": [', "not valid JSON"),
+    ("nonsense", "not valid JSON"),
+    ("[" * 20_000, "not valid JSON"),
+    ([1, 2], "is a list, not an object"),
+    ("null", "not an object"),
+    ({}, "has fields none; expected messages, prompt + completion, instruction + output, or text"),
+    ({"question": "1?", "answer": "one"}, "has fields 'question', 'answer'; expected messages, "),
+    ({"messages": None}, "has fields 'messages'; expected"),
+    ({"prompt": "1?"}, "expected messages, prompt + completion"),
+    ({"instruction": "1?", "output": 3}, "'output' must be text"),
+    ({"text": ""}, "'text' is not a text or is empty"),
+    ({"text": 3}, "'text' is not a text"),
+    ({"text": "half of a pair: \ud800"}, "Unicode"),
+    ({"prompt": "1?", "completion": ""}, "'completion' is empty"),
+    ({"prompt": "1?", "completion": [{"role": "assistant", "content": "one"}]}, "two texts or two lists"),
+    ({"messages": "user: hi"}, "not a list of messages"),
+    ({"messages": []}, "not a list of messages, or is empty"),
+    ({"messages": ["hi"]}, "message 1 has no 'role'"),
+    ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 has no 'role'"),
+    (messages("human", "gpt"), "message 1 has role 'human'; roles are system, developer, user, assistant, tool"),
+    (message(), "message 2 (assistant) has no 'content'"),
+    (message(content=3), "message 2"),
+    (message(content={"text": "one"}), "message 2"),
+    (message(content=[{"type": "text", "value": "one"}]), "message 2"),
+    (message(content="one") | {"tools": "not json"}, "tools"),
+    (messages("user"), "no assistant message to train on"),
+    (messages("assistant"), "wrong role order: message 1 is 'assistant' after the start"),
+    (messages("system", "assistant"), "wrong role order: message 2 is 'assistant' after system"),
+    (messages("user", "user", "assistant"), "wrong role order: message 2 is 'user' after user"),
+    (messages("user", "assistant", "assistant"), "wrong role order: message 3 is 'assistant' after assistant"),
+    (messages("user", "assistant", "system"), "wrong role order: message 3 is 'system' after assistant"),
+    (messages("user", "tool", "assistant"), "wrong role order: message 2 is 'tool' after user"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS, ids=[f"{n} {text[:40]}" for n, (_, text) in enumerate(BAD_ROWS)])
+def test_a_row_that_cannot_be_used_is_told_with_file_row_reason_and_advice(
+    recipe: dict[str, Any], row: Any, reason: str
+) -> None:
+    changed, file = with_rows(recipe, [*chats(2), row, *chats(1)])
+    count, named = problems(changed)
+    assert count == "1 of 4 rows cannot be used; mend them, or leave them out with data.on_bad_row=skip"
+    assert named.startswith(f"{file} row 3: ")
+    assert reason in named
+    kept = preflight(parse_recipe(changed, ["data.on_bad_row=skip"]), 2).documents
+    assert kept.summary["bad_rows"] == 1
+    assert list(kept.rows["row"]) == [1, 2, 4]
+
+
+def test_a_line_that_is_not_utf8_is_told_with_its_row(recipe: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "latin1.jsonl"
+    file.write_bytes(b'{"text": "gut"}\n' + '{"text": "müde"}\n'.encode("latin-1"))
+    count, named = problems(recipe, f"data.train={file}")
+    assert count.startswith("1 of 2 rows cannot be used")
+    assert named.startswith(f"{file} row 2: ")
+
+
+def test_all_bad_rows_are_counted_and_the_first_are_named(recipe: dict[str, Any]) -> None:
+    rows = [{"question": i} if i % 2 else chat(f"{i}?", "even") for i in range(100)]
+    changed, file = with_rows(recipe, rows)
+    count, *named = problems(changed)
+    assert count.startswith("50 of 100 rows cannot be used")
+    assert f"the first {len(named)} are shown" in count
+    assert [text.partition(": ")[0] for text in named] == [f"{file} row {2 * i + 2}" for i in range(len(named))]
+
+
+def test_row_numbers_are_line_numbers_and_count_blank_lines(recipe: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "gaps.jsonl"
+    file.write_text('\n{"text": "a"}\n\n\n{"tex": "b"}\n')
+    assert problems(recipe, f"data.train={file}")[1].startswith(f"{file} row 5: ")
+
+
+@pytest.mark.parametrize("kind", ["json", "parquet", "arrow folder", "glob"])
+def test_rows_of_every_kind_of_file_are_told_with_file_and_row(
+    recipe: dict[str, Any], tmp_path: Path, kind: str
+) -> None:
+    rows = [{"text": "good", "more": 1}, {"text": "", "more": 2}]
+    table = datasets.Dataset.from_list(rows)
+    path = file = tmp_path / "rows.parquet"
+    match kind:
+        case "json":
+            path = file = tmp_path / "rows.json"
+            file.write_text(json.dumps(rows))
+        case "parquet":
+            table.to_parquet(file)
+        case "arrow folder":
+            path = file = tmp_path / "rows"
+            table.save_to_disk(file)
+        case "glob":
+            path, file = tmp_path / "rows-*.jsonl", tmp_path / "rows-2.jsonl"
+            write_jsonl(tmp_path / "rows-1.jsonl", [{"text": "good"}] * 5)
+            write_jsonl(file, rows)
+    count, named = problems(recipe, f"data.train={path}")
+    assert count.startswith("1 of 7 rows" if kind == "glob" else "1 of 2 rows")
+    assert named.startswith(f"{file} row 2: field 'text'")
+
+
+def test_a_column_that_fields_names_wrongly_is_named(recipe: dict[str, Any]) -> None:
+    changed, file = with_rows(recipe, [{"question": "1?", "answer": "one"}])
+    source = {"path": str(file), "format": "alpaca", "fields": {"instruction": "question", "output": "anwser"}}
+    _, named = problems(changed | {"data": changed["data"] | {"train": [source]}})
+    assert named.startswith(f"{file} row 1: has no ")
+    assert "'anwser'" in named  # what was asked for
+    assert "'answer'" in named  # what there is
+
+
+def test_a_field_of_ours_that_does_not_exist_is_told_with_its_key(recipe: dict[str, Any]) -> None:
+    changed, file = with_rows(recipe, [{"question": "1?", "answer": "one"}])
+    source = {"path": str(file), "fields": {"instrution": "question", "output": "answer"}}
+    said = "\n".join(problems(changed | {"data": changed["data"] | {"train": [source]}}))
+    assert "data.train.0.fields" in said
+    assert "instruction" in said
+
+
+@pytest.mark.parametrize("use", ["data.validation", "retention.tasks"])
+def test_bad_rows_of_tasks_are_told_with_task_file_row_and_skipped_on_request(
+    recipe: dict[str, Any], tmp_path: Path, use: str
+) -> None:
+    file = write_jsonl(tmp_path / "held-out.jsonl", [*chats(2), "{broken", messages("assistant")])
+    for section, keys in USES[use](str(file)).items():
+        recipe[section] = recipe.get(section, {}) | keys
+    task = "validation" if use == "data.validation" else "t"
+    count, *named = problems(recipe)
+    assert f"task {task}: 2 of 4 rows cannot be used" in count
+    assert all(f"task {task}: {file} row {row}: " in text for row, text in zip((3, 4), named, strict=True))
+    inputs = preflight(parse_recipe(recipe, ["data.on_bad_row=skip"]), 2)
+    assert [len(prepared.items) for prepared in inputs.suite.tasks] == [2]
+
+
+# Nothing to train on, and too long
+
+
+def test_nothing_left_to_train_on_when_all_rows_are_bad(recipe: dict[str, Any]) -> None:
+    changed, file = with_rows(recipe, ["{broken", {"other": 1}], on_bad_row="skip")
+    count, *named = problems(changed)
+    assert count.startswith("2 of 2 rows cannot be used")
+    assert "no row is left" in count
+    assert [text.partition(": ")[0] for text in named] == [f"{file} row 1", f"{file} row 2"]
+
+
+def test_nothing_left_to_train_on_when_the_template_drops_the_answers(recipe: dict[str, Any], own_model: Path) -> None:
+    (own_model / "chat_template.jinja").write_text(
+        "{%- for message in messages if message['role'] == 'user' %}{{- message['content'] }}{%- endfor %}"
+        "{%- if messages[0]['role'] == 'assistant' %}{% generation %}{% endgeneration %}{%- endif %}"
+    )
+    changed, file = with_rows(recipe, chats(3))
+    count, *named = problems(changed)
+    assert count.startswith("3 of 3 rows cannot be used")
+    assert named[0].startswith(f"{file} row 1: no token of it is trained")
+
+
+@pytest.mark.parametrize("how", ["drop", "truncate", "split"])
+def test_nothing_left_to_train_on_when_all_answers_are_cut_off(recipe: dict[str, Any], how: str) -> None:
+    changed, _ = with_rows(recipe, [chat("words " * 100, "!")] * 3, sequence_length=32, on_too_long=how)
+    if how == "split":  # the last piece holds the answer
+        assert preflight(parse_recipe(changed), 2).documents.summary["documents"] == 3
+        return
+    said = problem(changed)
+    assert "nothing left to train on" in said
+    assert "3 rows" in said
+    assert "data.sequence_length" in said
+
+
+def test_rows_above_the_limit_are_counted_with_the_longest_and_the_choices(recipe: dict[str, Any]) -> None:
+    changed, _ = with_rows(recipe, [chat("1?", "one"), chat("2?", "two " * 90), chat("3?", "three " * 90)])
+    lengths = preflight(parse_recipe(changed, ["data.sequence_length=4096"]), 2).documents.rows["length"]
+    said = problem(changed, "data.sequence_length=100")
+    assert said.startswith("data.sequence_length: 2 of 3 rows have more than 100 tokens")
+    assert f"the longest {max(lengths)}" in said
+    assert "data.on_too_long=drop, truncate or split" in said
+
+
+def test_bad_and_too_long_rows_are_told_together(recipe: dict[str, Any]) -> None:
+    changed, _ = with_rows(recipe, [chat("1?", "one"), chat("2?", "two " * 90), "{broken"], sequence_length=100)
+    said = problems(changed)
+    assert len(said) == 3
+    assert any(text.startswith("1 of 3 rows cannot be used") for text in said)
+    assert any(text.startswith("data.sequence_length: 1 of 3") for text in said)
+
+
+def test_chats_without_a_chat_template_are_refused_and_texts_are_not(recipe: dict[str, Any], own_model: Path) -> None:
+    (own_model / "chat_template.jinja").unlink()
+    said = problem(recipe)
+    assert f"{recipe['data']['train']} row 1" in said
+    assert "no chat template" in said
+    assert "chat_template.jinja" in said
+    changed, _ = with_rows(recipe, [{"text": "plain"}, {"prompt": "1?", "completion": " one"}])
+    assert preflight(parse_recipe(changed), 2).documents.summary["documents"] == 2
+
+
+def test_a_row_that_the_chat_template_refuses_is_told_with_its_words(recipe: dict[str, Any], own_model: Path) -> None:
+    template = own_model / "chat_template.jinja"
+    refuse = "{%- if messages[0]['role'] == 'system' %}{{- raise_exception('no system turn, please') }}{%- endif %}"
+    template.write_text(refuse + template.read_text())
+    changed, file = with_rows(recipe, [messages("user", "assistant"), messages("system", "user", "assistant")])
+    _, named = problems(changed)
+    assert named.startswith(f"{file} row 2: ")
+    assert "no system turn, please" in named
+
+
+def test_a_row_on_which_the_chat_template_fails_is_told(recipe: dict[str, Any], own_model: Path) -> None:
+    template = own_model / "chat_template.jinja"
+    template.write_text("{%- set first = messages[0]['content'] + 1 %}" + template.read_text())
+    changed, file = with_rows(recipe, [messages("user", "assistant")])
+    assert problems(changed)[1].startswith(f"{file} row 1: ")
+
+
+# The model
+
+
+def test_a_missing_model_folder_is_told_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    said = problem(recipe, f"model.path={tmp_path / 'nowhere'}")
+    assert said.startswith(f"model.path: {tmp_path / 'nowhere'} is not a folder")
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_named(recipe: dict[str, Any]) -> None:
+    said = problem(recipe, "model.path=owner/name")
+    assert said.startswith("model.path: owner/name")
+
+
+def lose_layers(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1)
+
+
+def ask_for_layers(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)
+
+
+def ask_for_width(folder: Path) -> None:
+    edit_config(folder, intermediate_size=99)
+
+
+def lose_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def point_to_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def break_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "llama",')
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lose_layers, "model.layers.1."),
+        (ask_for_layers, "model.layers.2."),
+        (ask_for_width, "config says [99, 32]"),
+        (lose_a_tensor, "model.norm.weight"),
+        (cut_weights, "model.safetensors cannot be read"),
+        (point_to_weights, "model.safetensors cannot be read"),
+        (break_config, "config"),
+        (lambda folder: edit_config(folder, model_type="nosuch", architectures=["NoSuch"]), "nosuch"),
+        (lambda folder: edit_config(folder, num_attention_heads=7), "config"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+    ],
+    ids=[
+        "more layers than the config", "fewer layers", "other shapes", "a tensor missing", "weights cut off",
+        "git-lfs pointer", "config not JSON", "unknown kind of model", "impossible config", "no config", "no weights",
+        "no tokenizer", "broken tokenizer",
+    ],
+)  # fmt: skip
+def test_a_model_folder_that_does_not_fit_together_is_told(
+    recipe: dict[str, Any], own_model: Path, damage: Callable[[Path], Any], told: str
+) -> None:
+    damage(own_model)
+    said = problem(recipe)
+    assert said.startswith("model.path: ")
+    assert str(own_model) in said
+    assert told in said
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_told(recipe: dict[str, Any], own_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(own_model)
+    tokenizer.add_tokens(["one", "two"])
+    tokenizer.save_pretrained(own_model)
+    said = problem(recipe)
+    assert said.startswith("model.path: ")
+    assert "301" in said  # highest id
+    assert "300" in said  # rows
+
+
+# Settings against each other
+
+
+@pytest.mark.parametrize(
+    ("size", "micro", "ranks", "choices"), [(10, 2, 2, "8 or 12"), (2, 1, 4, "4"), (4, 3, 2, "6"), (7, 1, 3, "6 or 9")]
+)
+def test_a_global_batch_that_the_ranks_cannot_share_is_told_with_those_they_can(
+    recipe: dict[str, Any], size: int, micro: int, ranks: int, choices: str
+) -> None:
+    overrides = (f"train.global_batch_size={size}", f"train.micro_batch_size={micro}")
+    said = problem(recipe, *overrides, ranks=ranks)
+    assert said.startswith(f"train.global_batch_size: {size} ")
+    assert f"{ranks} ranks" in said
+    assert f"train.micro_batch_size {micro}" in said
+    assert said.endswith(f"e.g. {choices}")
+
+
+@pytest.fixture
+def used_folder(recipe: dict[str, Any]) -> Path:
+    """The recipe's run folder as a run of it leaves it."""
+    folder = Path(recipe["run_dir"])
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(parse_recipe(copy.deepcopy(recipe)).to_yaml())
+    (folder / "metrics.jsonl").write_text("{}\n")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_folder_of_another_recipe_is_refused_with_what_differs(recipe: dict[str, Any], used_folder: Path) -> None:
+    before = contents(used_folder)
+    said = problem(recipe, "train.learning_rate=0.5", "data.packing=false")
+    assert said.startswith(f"run_dir: {used_folder} belongs to another recipe")
+    assert "train.learning_rate was 0.001, is 0.5" in said
+    assert "data.packing was True, is False" in said
+    assert "seed" not in said
+    assert "choose another run_dir" in said
+    assert contents(used_folder) == before
+
+
+def test_a_run_folder_of_the_same_recipe_is_gone_on_with(recipe: dict[str, Any], used_folder: Path) -> None:
+    assert used_folder.exists()
+    preflight(parse_recipe(recipe, ["train.micro_batch_size=2", "checkpoint.keep=5"]), 1)
+
+
+def test_a_used_run_folder_is_refused_when_it_may_not_be_resumed(recipe: dict[str, Any], used_folder: Path) -> None:
+    said = problem(recipe, "checkpoint.resume=never")
+    assert said.startswith(f"run_dir: {used_folder} ")
+    assert "checkpoint.resume" in said
+
+
+@pytest.mark.parametrize("content", ["run_dir: a\nkey_of_another_version: 1\n", "{cut off", ""])
+def test_a_run_folder_whose_recipe_cannot_be_compared_is_refused_by_name(
+    recipe: dict[str, Any], used_folder: Path, content: str
+) -> None:
+    (used_folder / "recipe.yaml").write_text(content)
+    for said in problems(recipe):
+        assert said.startswith(f"run_dir: {used_folder} ")
+
+
+@pytest.mark.parametrize("key", ["run_dir", "data.cache_dir"])
+def test_a_folder_that_cannot_be_made_is_told_with_its_key(recipe: dict[str, Any], key: str) -> None:
+    file = recipe["data"]["train"]
+    said = problem(recipe, f"{key}={file}/below-a-file")
+    assert said.startswith(f"{key}: ")
+    assert file in said
+
+
+def test_a_folder_or_file_that_is_no_run_is_not_touched(recipe: dict[str, Any], tmp_path: Path) -> None:
+    thesis = tmp_path / "documents" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("three years of work")
+    for path in (thesis.parent, thesis):
+        said = problem(recipe, f"run_dir={path}")
+        assert said.startswith(f"run_dir: {path} exists")
+    assert contents(tmp_path / "documents") == {str(thesis): b"three years of work"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "does not exist"),
+        ("{", "not valid JSON"),
+        ("[]", "deepspeed: "),
+        ('{"zero_optimization": 3}', "deepspeed: "),
+        ('{"zero_optimization": {"stage": 2}}', "stage 2"),
+        ('{"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}', "'optimizer'"),
+    ],
+)
+def test_a_deepspeed_configuration_that_cannot_serve_is_named(
+    recipe: dict[str, Any], tmp_path: Path, content: str | None, told: str
+) -> None:
+    file = tmp_path / "deepspeed.json"
+    if content is not None:
+        file.write_text(content)
+    said = problem(recipe, f"deepspeed={file}")
+    assert said.startswith("deepspeed: ")
+    assert str(file) in said
+    assert told in said
+
+
+def test_a_pattern_that_is_not_in_the_reference_answers_is_told(recipe: dict[str, Any], tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "sums.jsonl", [chat("1 + 1?", "#### 2"), chat("1 + 2?", "3")])
+    task = {"name": "sums", "kind": "generate", "data": str(file), "answer_pattern": r"#### (\d+)"}
+    recipe["retention"] = {"tasks": [task]}
+    said = problems(recipe)
+    assert any(f"task sums: {file} row 2: answer_pattern" in text for text in said)
+
+
+def wrong_everywhere(recipe: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """A recipe with a mistake of each kind, and how each is told."""
+    (folder / "used").mkdir()
+    (folder / "used" / "notes.txt").write_text("")
+    (folder / "empty.jsonl").write_text("")
+    recipe = recipe | {
+        "run_dir": str(folder / "used"),
+        "model": {"path": str(folder / "no-model")},
+        "data": {"train": [str(folder / "no.jsonl"), str(folder / "empty.jsonl")], "validation": str(folder / "v.txt")},
+        "train": recipe["train"] | {"global_batch_size": 5, "micro_batch_size": 2},
+        "deepspeed": "no-deepspeed.json",
+    }
+    return recipe, [
+        f"run_dir: {folder / 'used'}", f"model.path: {folder / 'no-model'}", f"{folder / 'no.jsonl'} does not exist",
+        f"{folder / 'empty.jsonl'} is empty", f"{folder / 'v.txt'}", "train.global_batch_size: 5",
+        "deepspeed: no-deepspeed.json",
+    ]  # fmt: skip
+
+
+def test_problems_of_every_kind_are_told_at_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    wrong, told = wrong_everywhere(recipe, tmp_path)
+    said = problems(wrong, ranks=1)
+    assert len(said) == len(told)
+    for text in told:
+        assert sum(text in line for line in said) == 1
+
+
+# The program
+
+
+def test_bad_input_ends_a_plain_process_with_code_2_and_every_problem_once(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong, told = wrong_everywhere(recipe, tmp_path)
+    config = write_recipe(wrong, tmp_path / "recipe.yaml")
+    command = [sys.executable, TRAIN, "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"{len(told)} problems, nothing was started" in done.stderr
+    for text in told:
+        assert sum(text in line for line in done.stderr.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in (tmp_path / "used").iterdir()) == ["notes.txt"]
+
+
+def test_a_recipe_with_unknown_keys_ends_with_code_2_before_anything_heavy_is_imported(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    config = write_recipe(recipe, tmp_path / "recipe.yaml")
+    command = [sys.executable, "-X", "importtime", TRAIN, "--config", str(config), "train.lr=1", "data.pakcing=no"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert said == [
+        "fullft: 2 problems, nothing was started:",
+        "  - data.pakcing: unknown key; did you mean data.packing?",
+        "  - train.lr: unknown key; it is called train.learning_rate here",
+    ]
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert not imported & {"torch", "deepspeed", "transformers", "datasets"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run of several ranks that has ended, and what it left."""
+
+    code: int
+    stdout: str
+    stderr: str
+    left: list[str]  # processes still there
+
+
+def run_ranks(recipe: dict[str, Any], folder: Path, ranks: int = 2) -> Ended:
+    config = write_recipe(recipe, folder / "recipe.yaml")
+    command = [*torchrun(ranks), TRAIN, "--config", str(config)]
+    out, err = folder / "stdout", folder / "stderr"
+    with out.open("w") as stdout, err.open("w") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True, cwd=folder)
+        code = process.wait(240)
+    left = subprocess.run(["pgrep", "-a", "-s", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    return Ended(code, out.read_text(), err.read_text(), left.splitlines())
+
+
+@pytest.mark.ranks
+def test_bad_input_ends_all_ranks_and_is_told_once(recipe: dict[str, Any], tmp_path: Path) -> None:
+    changed, file = with_rows(recipe, [*chats(3), "{broken"])
+    ended = run_ranks(changed, tmp_path)
+    assert ended.code != 0
+    assert ended.stderr.count("nothing was started") == 1
+    assert ended.stderr.count(f"{file} row 4: not valid JSON") == 1
+    assert "exitcode  : 2" in ended.stderr  # what torchrun says of the rank
+    assert ended.left == []
+    assert not Path(recipe["run_dir"]).exists()
+
+
+POISON = "~"  # a letter of which the model's embedding is infinite
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A run of 2 ranks that met a row on which the loss is not finite."""
+
+    ended: Ended
+    run: Path
+    file: Path  # the second of two files of a glob
+    row: int  # in that file
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    folder = tmp_path_factory.mktemp("not-finite")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(embedding.clone())
+    (token,) = tokenizer(POISON, add_special_tokens=False)["input_ids"]
+    embedding[token] = torch.inf
+    model.model.embed_tokens.weight = torch.nn.Parameter(embedding)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+    rows = chats(40)
+    recipe: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(folder / "part-*.jsonl"), "sequence_length": 128, "packing": False},
+        "train": {"steps": 8, "global_batch_size": 4, "learning_rate": 1e-4, "warmup_steps": 0},
+        "checkpoint": {"every_steps": 2},
+        "tracking": {"wandb": "disabled"},
+    }
+    write_jsonl(folder / "part-1.jsonl", rows[:20])
+    write_jsonl(folder / "part-2.jsonl", rows[20:])
+    batches = preflight(parse_recipe(copy.deepcopy(recipe)), 2).batches
+    chosen = next(index for index in batches.sequence_indices(3) if index >= 20)  # in step 4, from the second file
+    rows[chosen] = chat("Say it.", f"It {POISON} is.")
+    file = write_jsonl(folder / "part-2.jsonl", rows[20:])
+    return Stopped(run_ranks(recipe, folder), folder / "run", file, chosen - 20 + 1)
+
+
+@pytest.mark.ranks
+def test_a_loss_that_is_not_finite_stops_all_ranks_and_names_step_and_last_good_checkpoint(stopped: Stopped) -> None:
+    ended = stopped.ended
+    assert ended.code != 0
+    assert ended.left == []
+    (line,) = (line for line in ended.stderr.splitlines() if "training stopped at" in line)
+    assert "step 4: " in line
+    assert "not finite" in line
+    assert f"Last good checkpoint: {stopped.run / 'checkpoints' / 'step-00000002'}" in line
+    assert str(stopped.run / "failure" / "step-00000004") in line
+    assert "fullft: failed on" not in ended.stderr  # it is an end foreseen, without traces of our calls
+    assert "exitcode  : 1" in ended.stderr
+
+
+@pytest.mark.ranks
+def test_after_a_loss_that_is_not_finite_nothing_more_is_written(stopped: Stopped) -> None:
+    assert [path.name for path in (stopped.run / "checkpoints").iterdir()] == ["step-00000002"]
+    steps = [json.loads(line) for line in (stopped.run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/global_step"] for row in steps if "train/loss" in row] == [1, 2, 3]
+    assert not (stopped.run / "export").exists()
+    assert json.loads((stopped.run / "state.json").read_text())["status"] != "done"
+
+
+@pytest.mark.ranks
+def test_the_batch_of_a_loss_that_is_not_finite_is_saved_with_file_and_row(stopped: Stopped) -> None:
+    folder = stopped.run / "failure" / "step-00000004"
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert {"file": str(stopped.file), "row": stopped.row} in rows
+    saved = [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    ids = [batch["input_ids"] for rank in saved for batch in rank]
+    assert sum(map(len, ids)) == 4
+    (token,) = AutoTokenizer.from_pretrained(stopped.run.parent / "model")(POISON)["input_ids"]
+    assert sum((batch == token).any().item() for batch in ids) == 1
