@@ -175,7 +175,15 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
                 f"most {visible} processes on a node"
             )
         get_accelerator().set_device(cluster.local_rank)
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise BadInput(
+            f"port {cluster.master_port} of {cluster.master_addr} is in use, perhaps by another run: choose another with "
+            "`deepspeed --master_port`, `torchrun --master-port`, or MASTER_PORT under srun"
+        ) from None
     if torch.distributed.get_world_size() != cluster.world_size:
         joined = torch.distributed.get_world_size()
         raise RuntimeError(f"process group has {joined} ranks, expected {cluster.world_size}")

@@ -11,6 +11,7 @@ import json
 import os
 import pydoc_data.topics
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -138,7 +139,10 @@ def write_random_model(
 def launch(recipe: str) -> None:
     """`deepspeed --num_gpus 2 launch/train.py --config recipe`, one thread a rank, on the CPU."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
-    command = [str(deepspeed), "--num_gpus", "2", "launch/train.py", "--config", recipe]
+    with socket.socket() as probe:  # the default port may be another run's
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    command = [str(deepspeed), "--num_gpus", "2", "--master_port", port, "launch/train.py", "--config", recipe]
     print("$", " ".join(["deepspeed", *command[1:]]), flush=True)
     if code := subprocess.run(command, check=False).returncode:
         sys.exit(code)

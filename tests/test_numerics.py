@@ -72,8 +72,8 @@ def test_zero3_equals_plain_pytorch(
 ) -> None:
     # eps 1e-5: with 1e-8, AdamW's first steps are the sign of gradients that are round-off around zero.
     recipe["train"] |= {
-        "steps": STEPS, "global_batch_size": 2 * ranks * accumulation, "micro_batch_size": 2, "eps": 1e-5, "weight_decay": 0.1,
-        "max_grad_norm": 0.5,
+        "steps": STEPS, "global_batch_size": 2 * ranks * accumulation, "micro_batch_size": 2, "eps": 1e-5,
+        "weight_decay": 0.1, "max_grad_norm": 0.5,
     }  # fmt: skip
     recipe["data"]["packing"] = packing
     # Threshold 0: every parameter is really partitioned; the default keeps those of a tiny model whole.
