@@ -43,7 +43,8 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
     final = folder / f"step-{state['step']:08d}"
     partial = final.with_suffix(".tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in folder.glob("step-*.tmp"):  # of a run that was killed while saving
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
     dist.barrier()
     dcp_save(_tensors(list(optimizer_shards(engine))), storage_writer=FileSystemWriter(partial, sync_files=True))
@@ -56,7 +57,7 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
         files += [_entry(partial / name) for name in (".metadata", "state.json")]
         (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         _to_disk(partial)
-        if final.exists():  # of the same step, from before a rollback to an older one
+        if final.exists():  # damaged, else the run had resumed from it
             shutil.rmtree(final)
         partial.rename(final)
         _to_disk(folder)
@@ -83,7 +84,9 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
         _load(engine, Path(name), state["step"])
         return state | {"path": name, "skipped": skipped}
     if skipped:
-        raise RuntimeError("no checkpoint is whole: " + "; ".join(skipped))
+        raise RuntimeError(
+            f"no checkpoint in {folder} is whole: {'; '.join(skipped)}. To start again from the base model, delete it"
+        )
     return None
 
 
@@ -122,8 +125,12 @@ def _complete(folder: Path) -> list[Path]:
 
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer."""
-    files = json.loads((path / _MANIFEST).read_text())["files"]
-    mine = ""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        files, mine = [], f"{_MANIFEST} cannot be read ({error})"
+    else:
+        mine = ""
     for entry in files[dist.get_rank() :: dist.get_world_size()]:
         file = path / entry["name"]
         if not file.exists():

@@ -181,8 +181,8 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise BadInput(
-            f"port {cluster.master_port} of {cluster.master_addr} is in use, perhaps by another run: choose another with "
-            "`deepspeed --master_port`, `torchrun --master-port`, or MASTER_PORT under srun"
+            f"port {cluster.master_port} of {cluster.master_addr} is in use, perhaps by another run: choose another "
+            "with `deepspeed --master_port`, `torchrun --master-port`, or MASTER_PORT under srun"
         ) from None
     if torch.distributed.get_world_size() != cluster.world_size:
         joined = torch.distributed.get_world_size()

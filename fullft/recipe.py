@@ -199,6 +199,7 @@ class Recipe(Section):
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "train.micro_batch_size",
     "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size",
+    "retention.every_steps",
     "model.trust_remote_code",
 )  # fmt: skip
 

@@ -39,12 +39,12 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     while step < inputs.total_steps:
         started = time.perf_counter()
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
-        batches = [batch.to(engine.device) for batch in inputs.batches.of_step(step, cluster.rank)]
+        batches = list(inputs.batches.of_step(step, cluster.rank))
         # The loss is the mean over the labels of the global batch, so their number must be known before backward.
         labels_of_step, tokens_of_step = count_tokens(batches, engine.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
 
-        for batch in batches:
+        for batch in (batch.to(engine.device) for batch in batches):
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
             # 2. Token cross-entropy, summed
@@ -82,12 +82,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         if evaluated or is_due(step, recipe.tracking.every_steps, inputs.total_steps):
             tracker.log(step, row, show)
         if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
-            state = {
-                "step": step,
-                "tokens_seen": tokens_seen,
-                "recipe": fingerprint(recipe),
-                "world_size": cluster.world_size,
-            }
+            state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
+            state |= {"world_size": cluster.world_size, "seed": recipe.train.seed}
             checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
 
     finish(recipe, cluster, inputs, engine, tracker)
@@ -101,7 +97,6 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
     """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
     if cluster.is_main:
         _write_run_folder(recipe, cluster, inputs)
-    if cluster.is_main:
         print(f"loading {recipe.model.path}", flush=True)
     torch.manual_seed(recipe.train.seed)
     loaded = model.load(recipe, inputs.deepspeed_config)
@@ -195,9 +190,9 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.tokenizer, folder, recipe.export.dtype, recipe.export.max_shard_gb, card)
-    tracker.finish(summary.get("metrics", {}))
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
+    tracker.finish(summary.get("metrics", {}))
     tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
 
 
