@@ -50,7 +50,10 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
-    stage = config.get("zero_optimization", {}).get("stage")
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        raise BadInput(f"deepspeed: {recipe.deepspeed} is not a DeepSpeed configuration (an object of sections)")
+    stage = zero.get("stage")
     if stage != 3:
         raise BadInput(f"deepspeed: {recipe.deepspeed} has zero_optimization.stage {stage}; fullft shards with stage 3")
     for ours, theirs in (("train.*", "optimizer"), ("train.schedule", "scheduler")):

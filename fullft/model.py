@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,14 @@ def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
         for name in wanted
         if found.get(name, wanted[name]) != wanted[name]
     ]
+    ignored = [*(meta._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias"]
+    surplus = [name for name in found if name not in wanted and not any(re.search(rule, name) for rule in ignored)]
     problems = []
-    for what, names in (("lack tensors", missing), ("have tensors of other shapes", misshaped)):
+    for what, names in (
+        ("lack tensors", missing),
+        ("have tensors that the model has not", surplus),
+        ("have tensors of other shapes", misshaped),
+    ):
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             problems.append(

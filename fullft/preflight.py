@@ -96,6 +96,8 @@ def check_run_folder(recipe: Recipe) -> None:
         BadInput: it belongs to another recipe, is no run folder, or may not be resumed.
     """
     folder = recipe.run_folder
+    if file := next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None):
+        raise BadInput(f"run_dir: {folder} cannot be made: {file} is a file")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / "recipe.yaml").exists():
@@ -106,7 +108,13 @@ def check_run_folder(recipe: Recipe) -> None:
         raise BadInput(
             f"run_dir: {folder} holds a run and checkpoint.resume is never; choose another run_dir, or resume=auto"
         )
-    before, now = identity(load_recipe(folder / "recipe.yaml")), identity(recipe)
+    try:
+        before, now = identity(load_recipe(folder / "recipe.yaml")), identity(recipe)
+    except BadInput as error:
+        raise BadInput(
+            f"run_dir: {folder} holds a recipe that cannot be read ({error}); choose another run_dir, nothing is "
+            "overwritten"
+        ) from None
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if changed:
         listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
@@ -116,12 +124,11 @@ def check_run_folder(recipe: Recipe) -> None:
 
 
 def finished(recipe: Recipe) -> bool:
-    """Whether this run has ended well before.
-
-    Raises:
-        BadInput: the run folder belongs to another recipe.
-    """
-    check_run_folder(recipe)
+    """Whether this run has ended well before; not if the folder is of another recipe, which `preflight` tells."""
+    try:
+        check_run_folder(recipe)
+    except BadInput:
+        return False
     state = recipe.run_folder / "state.json"
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fullft.errors import BadInput
 
@@ -32,6 +33,23 @@ class Model(Section):
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
 
+def _compiles(pattern: str | None) -> str | None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ValueError(f"is not a regular expression: {error}") from None
+    return pattern
+
+
+def _known_fields(fields: dict[str, str]) -> dict[str, str]:
+    if unknown := sorted(fields.keys() - set(ROW_FIELDS)):
+        raise ValueError(f"{', '.join(unknown)}: no such field; fields are {', '.join(ROW_FIELDS)}")
+    return fields
+
+
+ROW_FIELDS = ("messages", "tools", "prompt", "completion", "instruction", "input", "output", "system", "text")
+
+
 class Source(Section):
     """One data set. In a recipe a bare string stands for `{path: string}`."""
 
@@ -41,7 +59,7 @@ class Source(Section):
     format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field(
         "auto", description="shape of a row"
     )
-    fields: dict[str, str] = Field(
+    fields: Annotated[dict[str, str], AfterValidator(_known_fields)] = Field(
         {}, description="our field name: name of the column in the data, e.g. {output: answer}"
     )
     limit: int | None = Field(None, ge=1, description="take only the first rows")
@@ -103,11 +121,14 @@ class Train(Section):
     timeout_minutes: float = Field(30, gt=0, description="a collective that waits longer ends the run")
 
     @model_validator(mode="after")
-    def _one_length(self) -> Train:
+    def _consistent(self) -> Train:
+        problems = []
         if self.steps is not None and self.epochs is not None:
-            raise ValueError("give train.steps or train.epochs, not both")
+            problems.append("give train.steps or train.epochs, not both")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+            problems.append(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -131,7 +152,7 @@ class Task(Section):
         "retention", description="retention: what the base model could do; skill: what it is to learn"
     )
     data: SourceLike
-    answer_pattern: str | None = Field(
+    answer_pattern: Annotated[str | None, AfterValidator(_compiles)] = Field(
         None, description="regular expression; its last match (group 1 if any) in answer and reference is compared"
     )
     max_new_tokens: int = Field(256, ge=1, description="longest generated answer, tokens")
@@ -243,9 +264,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys without a word; a recipe must not."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node)  # type: ignore[no-untyped-call]
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key must be a word, line {key_node.start_mark.line + 1}")
+            key = key_node.value
             if key in seen:
                 raise yaml.YAMLError(f"key '{key}' is given twice, line {key_node.start_mark.line + 1}")
             seen.add(key)
@@ -273,12 +296,18 @@ def _apply_override(raw: dict[str, Any], text: str) -> str | None:
         return f"'{text}' is not an override: write key.path=value"
     *parents, last = key.strip().lstrip("-").split(".")
     node: Any = raw
+    holder: Any = None
+    at: Any = None
     for part in parents:
+        if isinstance(node, str) and part == "0":  # a bare path is a list of one source
+            node = holder[at] = [{"path": node}]
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-            node = node[int(part)]
+            if isinstance(node[int(part)], str):
+                node[int(part)] = {"path": node[int(part)]}
+            holder, at, node = node, int(part), node[int(part)]
         elif isinstance(node, dict):
             node[part] = node[part] if node.get(part) is not None else {}
-            node = node[part]
+            holder, at, node = node, part, node[part]
         else:
             return f"override {key}: '{part}' does not exist in the recipe"
     try:
@@ -312,6 +341,8 @@ def _suggestion(key: str) -> str:
     last = key.rsplit(".", 1)[-1]
     if (ours := _NAMES_ELSEWHERE.get(last)) and ours != key:
         return f"; it is called {ours} here"
+    if elsewhere := [name for name in known if name.rpartition(".")[2] == last and name.count(".") == 1]:
+        return f"; did you mean {' or '.join(elsewhere)}?"
     same_section = [name for name in known if name.rpartition(".")[0] == _without_indices(key).rpartition(".")[0]]
     for candidates in (same_section, known):
         by_last = {name.rsplit(".", 1)[-1]: name for name in reversed(candidates)}

@@ -14,13 +14,14 @@ import torch.distributed as dist
 from fullft import checkpoint, model
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
+from fullft.data.formats import source_files
 from fullft.engine import offloads_optimizer, start
 from fullft.errors import TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
-from fullft.recipe import Recipe, fingerprint
+from fullft.recipe import Recipe, Source, fingerprint
 from fullft.retention.report import model_card, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
 from fullft.tracking import Tracker
@@ -167,7 +168,7 @@ def stop_at_non_finite(
     dist.all_gather_object(losses, float(loss_sum))
     if cluster.is_main:
         rows = [
-            {"file": recipe.data.train[row["source"]].path, "row": row["row"]}
+            {"file": _file_of(recipe.data.train[row["source"]], row["file"]), "row": row["row"]}
             for row in inputs.batches.rows_of_step(step)
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -182,6 +183,11 @@ def stop_at_non_finite(
         + (f"Last good checkpoint: {good}. " if good else "There is no checkpoint yet. ")
         + "Look at the rows, or lower train.learning_rate; starting again goes on from the checkpoint."
     )
+
+
+def _file_of(source: Source, number: int) -> str:
+    """The file of a row; a folder or hub name is read as one."""
+    return source.path if Path(source.path).is_dir() else str([*source_files(source), source.path][number])
 
 
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:

@@ -76,10 +76,10 @@ class Batches:
         return [int(_permutation(count, self.geometry.seed, at // count)[at % count]) for at in positions]
 
     def rows_of_step(self, step: int) -> list[dict[str, int]]:
-        """Source and row number of every document in the global batch of a step."""
+        """Source, file of it and row number of every document in the global batch of a step."""
         documents = [document for index in self.sequence_indices(step) for document in self.sequences[index]]
-        table = self.documents.select_columns(["source", "row"])
-        return [{"source": table[index]["source"], "row": table[index]["row"]} for index in documents]
+        table = self.documents.select_columns(["source", "file", "row"])
+        return [table[index] for index in documents]
 
     def _collate(self, sequences: list[list[int]]) -> Batch:
         rows = [[self.documents[index] for index in sequence] for sequence in sequences]

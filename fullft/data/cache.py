@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
-_FORMAT = 1  # raise when the same input gives other tokens
+_FORMAT = 2  # raise when the same input gives other tokens
 _SHOWN = 10  # bad rows shown by name
 
 _FEATURES = datasets.Features(
@@ -36,6 +35,7 @@ _FEATURES = datasets.Features(
     trained=datasets.List(datasets.Value("bool")),
     length=datasets.Value("int32"),
     source=datasets.Value("int16"),
+    file=datasets.Value("int32"),  # which of the source's files, in order of their names
     row=datasets.Value("int64"),
 )
 
@@ -59,7 +59,10 @@ def open_or_prepare(
     started = time.time()
     folder = cache_folder / fingerprint(sources, data, tokenizer)
     if not (folder / "summary.json").exists():
-        cache_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"data.cache_dir: {cache_folder} cannot be made: {error}") from None
         failure = folder.with_suffix(".failed")
         with filelock.FileLock(folder.with_suffix(".lock")):
             if failure.exists() and failure.stat().st_mtime >= started - 1:
@@ -93,20 +96,21 @@ def _file_hash(file: Path) -> str:
 
 
 def _prepare(sources: Sequence[Source], data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    partial = folder.with_suffix(f".{os.getpid()}.partial")
+    partial = folder.with_suffix(".partial")  # the lock keeps others off it; what is there was left by a killed process
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         counts = _Counts()
         with ArrowWriter(features=_FEATURES, path=str(partial / "rows.arrow")) as writer:
             for number, source in enumerate(sources):
+                files = {str(file): at for at, file in enumerate(source_files(source))}
                 for row in read_rows(source):
                     for tokens in _documents_of(row, source, data, tokenizer, counts):
                         counts.keep(tokens)
                         writer.write(
                             {
                                 "input_ids": tokens.ids, "trained": tokens.trained, "length": len(tokens),
-                                "source": number, "row": row.number,
+                                "source": number, "file": files.get(row.file, 0), "row": row.number,
                             }
                         )  # fmt: skip
             counts.raise_problems(data)
@@ -192,10 +196,19 @@ def row_tokens(row: Row, source: Source, tokenizer: PreTrainedTokenizerBase, tra
     """
     if row.value is None:
         raise BadRow(row.problem)
+    try:
+        json.dumps(row.value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("holds half of a surrogate pair, which is not Unicode text") from None
     example = parse_row(row.value, source)
     if isinstance(example, Conversation):
         require_chat_template(tokenizer, row)
-    tokens = tokenize(example, tokenizer, train_on)
+    try:
+        tokens = tokenize(example, tokenizer, train_on)
+    except BadRow:
+        raise
+    except Exception as error:  # a template is a program, and fails in all ways that a program can
+        raise BadRow(f"the chat template or the tokenizer fails on it: {type(error).__name__}: {error}") from None
     if not any(tokens.trained):
         raise BadRow("no token of it is trained (empty answer, or the chat template drops the assistant's text)")
     return tokens

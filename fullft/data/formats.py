@@ -84,8 +84,17 @@ def source_files(source: Source) -> list[Path]:
     return matches
 
 
+# Endings that no hub name has; a dot alone does not make a file: owner/name-2.5.
+_FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+
+
 def _looks_like_hub_name(path: str) -> bool:
-    return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and not Path(path).suffix and "*" not in path
+    return (
+        not path.startswith((".", "/", "~"))
+        and path.count("/") <= 1
+        and Path(path).suffix not in _FILES
+        and "*" not in path
+    )
 
 
 def read_rows(source: Source) -> Iterator[Row]:
@@ -98,14 +107,13 @@ def _all_rows(source: Source) -> Iterator[Row]:
     if not files or Path(source.path).is_dir():
         yield from _dataset_rows(source)
         return
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
     for file in files:
-        match file.suffix:
-            case ".jsonl":
-                yield from _jsonl_rows(file)
-            case ".json":
-                yield from _json_rows(file)
-            case _:
-                yield from _parquet_rows(file)
+        rows = readers[file.suffix](file)
+        if (first := next(rows, None)) is None:
+            raise BadInput(f"data file {file} has no rows")
+        yield first
+        yield from rows
 
 
 def _jsonl_rows(file: Path) -> Iterator[Row]:
@@ -118,7 +126,7 @@ def _jsonl_rows(file: Path) -> Iterator[Row]:
 def _parsed(file: str, number: int, line: bytes) -> Row:
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         return Row(file, number, None, f"not valid JSON: {error}")
     if not isinstance(value, dict):
         return Row(file, number, None, f"is a {type(value).__name__}, not an object with fields")
@@ -128,7 +136,7 @@ def _parsed(file: str, number: int, line: bytes) -> Row:
 def _json_rows(file: Path) -> Iterator[Row]:
     try:
         rows = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"data file {file} is not valid JSON: {error}; one object a line is a .jsonl file") from None
     if not isinstance(rows, list):
         raise BadInput(f"data file {file} must hold a list of rows, it holds a {type(rows).__name__}")
@@ -142,15 +150,14 @@ def _json_rows(file: Path) -> Iterator[Row]:
 def _parquet_rows(file: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
-    try:
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"data file {file} is not a Parquet file: {error}") from None
     number = 0
-    for batch in batches:
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(str(file), number, value)
+    try:
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(str(file), number, value)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"data file {file} is not a Parquet file, or is damaged: {error}") from None
 
 
 def _dataset_rows(source: Source) -> Iterator[Row]:
@@ -170,7 +177,11 @@ def hub_dataset(source: Source) -> Any:
     try:
         if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
             loaded = datasets.load_from_disk(source.path)
-            return loaded[source.split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            if not isinstance(loaded, datasets.DatasetDict):
+                return loaded
+            if source.split not in loaded:
+                raise KeyError(f"it has the splits {', '.join(loaded)}")
+            return loaded[source.split]
         return datasets.load_dataset(source.path, source.subset, split=source.split)
     except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
         raise BadInput(f"data set {source.path} (split {source.split}) cannot be loaded: {error}") from None
@@ -182,14 +193,18 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text:
     Raises:
         BadRow: fields missing or of the wrong kind, or roles out of order.
     """
-    if source.fields:
-        value = value | {ours: value.get(theirs) for ours, theirs in source.fields.items()}
+    if absent := [theirs for theirs in source.fields.values() if theirs not in value]:
+        raise BadRow(f"has no {_names(absent)}, which `fields` names (fields: {_names(value)})")
+    value = value | {ours: value[theirs] for ours, theirs in source.fields.items()}
     kind = source.format if source.format != "auto" else _detect(value)
     if absent := [name for name in _FIELDS[kind] if value.get(name) is None]:
         raise BadRow(f"has no {_names(absent)} (fields: {_names(value)}); name the columns in `fields`")
     match kind:
         case "messages":
-            return Conversation(_checked_messages(value["messages"]), value.get("tools") or None)
+            tools = value.get("tools") or None
+            if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+                raise BadRow("field 'tools' is not a list of objects")
+            return Conversation(_checked_messages(value["messages"]), tools)
         case "prompt_completion":
             return _prompt_completion(value["prompt"], value["completion"])
         case "alpaca":
@@ -248,6 +263,9 @@ def _checked_messages(messages: Any) -> list[dict[str, Any]]:
             raise BadRow(f"message {position} has role {role!r}; roles are {', '.join(_ROLES)}")
         if message.get("content") is None and not message.get("tool_calls"):
             raise BadRow(f"message {position} ({role}) has no 'content'")
+        if not isinstance(message.get("content"), str | None):
+            kind = type(message["content"]).__name__
+            raise BadRow(f"message {position} ({role}): 'content' is a {kind}; only text can be trained on")
         allowed = {
             "system": ("the start",), "developer": ("the start",),
             "user": ("the start", "system", "developer", "assistant"),

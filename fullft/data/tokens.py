@@ -107,8 +107,11 @@ def _by_incremental_rendering(example: Conversation, tokenizer: PreTrainedTokeni
             )
         spans.append((len(before), len(after)))
     encoded = _encode_rendered(tokenizer, whole)
-    trained = [
-        any(first <= start and end <= last and start < end for first, last in spans)
-        for start, end in encoded["offset_mapping"]
-    ]
+    trained = []
+    reached = 0
+    for start, end in encoded["offset_mapping"]:
+        # Offsets of some tokenizers leave spaces out: a token of spaces is empty, at its end.
+        begin = start if start < end else reached
+        trained.append(any(first <= begin < end <= last for first, last in spans))
+        reached = max(reached, end)
     return Tokens(encoded["input_ids"], trained)
