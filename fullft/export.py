@@ -13,8 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft.errors import BadInput
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write all of an export but the weights, and read it back, so that nothing of it can fail after the training.
@@ -34,7 +32,7 @@ def rehearse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def export(
-    engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str, max_shard_gb: float, card: str
+    engine: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: torch.dtype, max_shard_gb: float, card: str
 ) -> None:
     """Write config, weights, tokenizer and model card to `folder`, atomically. All ranks together.
 
@@ -48,7 +46,7 @@ def export(
         if first != name:  # tied: the same tensor under a second name, which save_pretrained leaves out
             weights |= {name: weights[first]} if is_main else {}
             continue
-        full = _gather(parameter, _DTYPES[dtype])
+        full = _gather(parameter, dtype)
         if is_main:
             weights[name] = full
     if is_main:
@@ -66,11 +64,11 @@ def export(
 
 
 def _write(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, dtype: str, max_shard_gb: float
+    model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, max_shard_gb: float
 ) -> None:
     model.save_pretrained(folder, state_dict=weights, max_shard_size=f"{int(max_shard_gb * 1000)}MB")
     config = type(model.config).from_pretrained(folder)
-    config.dtype, config.use_cache = _DTYPES[dtype], True
+    config.dtype, config.use_cache = dtype, True
     config.save_pretrained(folder)
 
 

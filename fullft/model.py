@@ -49,6 +49,12 @@ def precision(recipe: Recipe) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
 
 
+def export_dtype(recipe: Recipe) -> torch.dtype:
+    """dtype of the exported weights."""
+    chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return chosen.get(recipe.export.dtype, precision(recipe))
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 

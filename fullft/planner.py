@@ -22,7 +22,7 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     state = {"weights": low * shard, "gradients": low * shard, "master_weights": 4 * shard, "adamw_moments": 8 * shard}
     on_host = ("master_weights", "adamw_moments") if offload else ()
     checkpoint = 12 * facts.parameters
-    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters
+    exported = {"auto": low, "bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters
     return {
         "parameters": facts.parameters,
         "world_size": world_size,

@@ -65,7 +65,7 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
     if meta is not None:
         problems += model.weight_problems(recipe.model, meta)
     if meta is not None and tokenizer is not None:
-        problems += _vocabulary_problems(meta, tokenizer)
+        problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
     if problems or config is None or geometry is None or meta is None or tokenizer is None:
         raise BadInput(problems)
@@ -143,6 +143,16 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if highest < rows:
         return []
     return [f"model.path: the tokenizer has token ids up to {highest}, the model's embedding only {rows} rows"]
+
+
+def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
+    longest = getattr(meta.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None or recipe.data.sequence_length <= longest:
+        return []
+    return [
+        f"data.sequence_length: {recipe.data.sequence_length} is above the model's max_position_embeddings, "
+        f"{longest}; lower it, or extend the model's context in its config first"
+    ]
 
 
 def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:

@@ -187,7 +187,9 @@ class Tracking(Section):
 
 
 class Export(Section):
-    dtype: Literal["bf16", "fp16", "fp32"] = Field("bf16", description="dtype of the exported weights")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="dtype of the exported weights; auto: that of training, so the export is what was evaluated"
+    )
     max_shard_gb: float = Field(5, gt=0, description="largest weight file, GB")
 
 
@@ -251,6 +253,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(raw: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """Validate a recipe given as nested dicts; see `load_recipe`."""
     problems = [problem for text in overrides if (problem := _apply_override(raw, text))]
+    raw = {section: value for section, value in raw.items() if value is not None}  # all keys commented out
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:

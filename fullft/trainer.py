@@ -16,7 +16,7 @@ from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
 from fullft.data.formats import source_files
 from fullft.engine import offloads_optimizer, start
-from fullft.errors import TrainingStopped
+from fullft.errors import BadInput, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
@@ -84,7 +84,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             tracker.log(step, row, show)
         if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
             state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
-            state |= {"world_size": cluster.world_size, "seed": recipe.train.seed}
+            state |= {"data": inputs.documents.fingerprint, "world_size": cluster.world_size}
             checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
 
     finish(recipe, cluster, inputs, engine, tracker)
@@ -113,6 +113,10 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
 
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
+    if resumed and resumed["data"] != inputs.documents.fingerprint:
+        raise BadInput(
+            f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
+        )
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
@@ -178,11 +182,14 @@ def stop_at_non_finite(
         f"the loss of rank {', '.join(broken)} is not finite" if broken else "the loss is finite, its gradient is not"
     )
     good = checkpoint.newest(recipe.run_folder / "checkpoints")
-    raise TrainingStopped(
+    message = (
         f"step {step + 1}: {what} (gradient norm {grad_norm}). The rows and batches of this step are in {folder}. "
         + (f"Last good checkpoint: {good}. " if good else "There is no checkpoint yet. ")
         + "Look at the rows, or lower train.learning_rate; starting again goes on from the checkpoint."
     )
+    if cluster.is_main:
+        set_state(recipe.run_folder, "stopped", reason=message)
+    raise TrainingStopped(message)
 
 
 def _file_of(source: Source, number: int) -> str:
@@ -195,7 +202,8 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     folder = recipe.run_folder / "export"
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
-    export(engine, inputs.tokenizer, folder, recipe.export.dtype, recipe.export.max_shard_gb, card)
+    dtype = model.export_dtype(recipe)
+    export(engine, inputs.tokenizer, folder, dtype, recipe.export.max_shard_gb, card)
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
@@ -212,7 +220,9 @@ def set_state(folder: Path, status: str, **more: Any) -> None:
 def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     folder = recipe.run_folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    partial = folder / "recipe.tmp"  # a torn recipe.yaml would lock the user out of the run
+    partial.write_text(recipe.to_yaml())
+    partial.rename(folder / "recipe.yaml")
     environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
     (folder / "env.json").write_text(json.dumps(environment, indent=1))
     (folder / "plan.json").write_text(json.dumps(inputs.plan, indent=1))

@@ -46,7 +46,7 @@ def main() -> int:
         return EXIT_DONE
     except BadInput as error:
         cluster.exit_bad_input(error, me)
-    except TrainingStopped as error:
+    except TrainingStopped as error:  # on all ranks; state.json says so already
         if me is not None and me.is_main:
             print(f"fullft: training stopped at {error}", file=sys.stderr)
     except BaseException:

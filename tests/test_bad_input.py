@@ -331,7 +331,7 @@ def test_nothing_left_to_train_on_when_all_answers_are_cut_off(recipe: dict[str,
 
 def test_rows_above_the_limit_are_counted_with_the_longest_and_the_choices(recipe: dict[str, Any]) -> None:
     changed, _ = with_rows(recipe, [chat("1?", "one"), chat("2?", "two " * 90), chat("3?", "three " * 90)])
-    lengths = preflight(parse_recipe(changed, ["data.sequence_length=4096"]), 2).documents.rows["length"]
+    lengths = preflight(parse_recipe(changed, ["data.sequence_length=512"]), 2).documents.rows["length"]
     said = problem(changed, "data.sequence_length=100")
     assert said.startswith("data.sequence_length: 2 of 3 rows have more than 100 tokens")
     assert f"the longest {max(lengths)}" in said

@@ -331,7 +331,7 @@ FREE = {
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
-    "model.trust_remote_code": "true",
+    "model.trust_remote_code": "true", "retention.every_steps": "3",
 }  # fmt: skip
 FIXED = {
     "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
@@ -340,7 +340,7 @@ FIXED = {
     "train.min_learning_rate": "1e-6", "train.schedule": "linear", "train.warmup_steps": "2",
     "train.weight_decay": "0.1", "train.no_decay": "[]", "train.beta1": "0.8", "train.beta2": "0.99",
     "train.eps": "1e-6", "train.max_grad_norm": "2", "train.precision": "fp32",
-    "train.seed": "1", "retention.every_steps": "3",
+    "train.seed": "1",
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ class Documents:
 
     rows: datasets.Dataset
     summary: dict[str, Any]
+    fingerprint: str
 
 
 def open_or_prepare(
@@ -75,7 +76,7 @@ def open_or_prepare(
                     raise
                 failure.unlink(missing_ok=True)
     rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return Documents(rows, json.loads((folder / "summary.json").read_text()))
+    return Documents(rows, json.loads((folder / "summary.json").read_text()), folder.name)
 
 
 def fingerprint(sources: Sequence[Source], data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -127,7 +128,8 @@ class _Counts:
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
         self.bad: list[str] = []
-        self.longest = 0
+        self.longest = 0  # tokens
+        self.longest_row = ""
 
     def keep(self, tokens: Tokens) -> None:
         self.totals.update(documents=1, tokens=len(tokens), trained_tokens=sum(tokens.trained))
@@ -150,7 +152,7 @@ class _Counts:
         if totals["too_long_rows"] and data.on_too_long == "error":
             problems.append(
                 f"data.sequence_length: {totals['too_long_rows']} of {totals['rows']} rows have more than "
-                f"{data.sequence_length} tokens, the longest {self.longest}; raise it, or choose "
+                f"{data.sequence_length} tokens, the longest {self.longest} ({self.longest_row}); raise it, or choose "
                 "data.on_too_long=drop, truncate or split"
             )
         if not problems and not totals["trained_tokens"]:
@@ -177,7 +179,8 @@ def _documents_of(
         return
     pieces = [tokens]
     if len(tokens) > data.sequence_length:
-        counts.longest = max(counts.longest, len(tokens))
+        if len(tokens) > counts.longest:
+            counts.longest, counts.longest_row = len(tokens), row.where
         counts.totals["too_long_rows"] += 1
         pieces = _fit(tokens, data.sequence_length, data.on_too_long)
         counts.totals["tokens_cut"] += len(tokens) - sum(map(len, pieces))

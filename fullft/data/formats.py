@@ -24,6 +24,7 @@ from fullft.recipe import Source
 class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
+    prompt_messages: int = 0  # that many first messages are context, their assistant turns are not trained
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _prompt_completion(prompt: Any, completion: Any) -> Conversation | Text:
             raise BadRow("field 'completion' is empty")
         return Text(completion, prompt)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(_checked_messages(prompt + completion))
+        return Conversation(_checked_messages(prompt + completion), prompt_messages=len(prompt))
     raise BadRow("fields 'prompt' and 'completion' must be two texts or two lists of messages")
 
 

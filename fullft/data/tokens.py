@@ -59,7 +59,8 @@ def _conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, tra
         if train_on == "all":
             encoded = _encode_rendered(tokenizer, render(tokenizer, example.messages, example.tools))
             return Tokens(encoded["input_ids"], [True] * len(encoded["input_ids"]))
-        if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
+        marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+        if marked and not example.prompt_messages:
             return _by_generation_marks(example, tokenizer)
         return _by_incremental_rendering(example, tokenizer)
     except jinja2.TemplateError as error:
@@ -96,7 +97,7 @@ def _by_incremental_rendering(example: Conversation, tokenizer: PreTrainedTokeni
     whole = render(tokenizer, example.messages, example.tools)
     spans = []
     for position, message in enumerate(example.messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or position < example.prompt_messages:
             continue
         before = render(tokenizer, example.messages[:position], example.tools, add_generation_prompt=True)
         after = render(tokenizer, example.messages[: position + 1], example.tools).rstrip()

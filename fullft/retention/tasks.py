@@ -83,7 +83,8 @@ def _items(
         problems += [f"task {name}: {problem}" for problem in error.problems]
         return []
     if bad and (on_bad_row == "error" or not items):
-        problems += [f"task {name}: {len(bad)} of {len(bad) + len(items)} rows cannot be used", *bad[:_SHOWN]]
+        advice = "mend them, or leave them out with data.on_bad_row=skip"
+        problems += [f"task {name}: {len(bad)} of {len(bad) + len(items)} rows cannot be used; {advice}", *bad[:_SHOWN]]
     elif not items:
         problems.append(f"task {name}: has no rows")
     return items
