@@ -51,24 +51,23 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
     env = os.environ if environment is None else environment
     if "RANK" in env or "WORLD_SIZE" in env:
         cluster = _from_torch(env)
-    elif (
-        "SLURM_STEP_NUM_TASKS" in env
-    ):  # set by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
+    elif "OMPI_COMM_WORLD_SIZE" in env:  # before srun: mpirun starts its daemons by srun, and ranks inherit that step
+        cluster = _from_mpi(env)
+    elif "SLURM_STEP_NUM_TASKS" in env:  # by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
         cluster = _from_slurm(env)
-    elif _mpi_size(env) is not None:
-        cluster = _from_mpi()
-    elif "SLURM_JOB_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+    elif "PMI_SIZE" in env:
+        cluster = _from_mpi(env)
+    elif "SLURM_JOB_ID" in env and "SLURM_NTASKS" in env and _number(env, "SLURM_NTASKS") > 1:
         raise BadInput(
             f"job {env['SLURM_JOB_ID']} has SLURM_NTASKS={env['SLURM_NTASKS']}, but this process was not started by "
             "srun: put `srun` before the command"
         )
     else:
-        port = env.get("MASTER_PORT") or _free_port()
-        cluster = Cluster(0, 1, 0, "127.0.0.1", int(port), "python")
+        port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
+        cluster = Cluster(0, 1, 0, "127.0.0.1", port, "python")
     if not 0 <= cluster.rank < cluster.world_size:
-        raise BadInput(
-            f"{cluster.launcher} gave rank {cluster.rank} of {cluster.world_size}: must be 0 <= rank < world size"
-        )
+        rank, size = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if cluster.launcher == "srun" else ("RANK", "WORLD_SIZE")
+        raise BadInput(f"{rank}={cluster.rank} and {size}={cluster.world_size}: must be 0 <= {rank} < {size}")
     return cluster
 
 
@@ -90,32 +89,40 @@ def _from_torch(env: Mapping[str, str]) -> Cluster:
 
 def _from_slurm(env: Mapping[str, str]) -> Cluster:
     rank, world, local = (_number(env, name) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
-    address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not (address := env.get("MASTER_ADDR") or _first_host(nodes or "")):
+        raise BadInput(
+            "started by srun, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set: set MASTER_ADDR"
+        )
     # Same port on all ranks without talking: from the job and step number, outside the usual ephemeral range.
     default_port = 15000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 15000
-    return Cluster(rank, world, local, address, int(env.get("MASTER_PORT", default_port)), "srun")
+    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else default_port
+    return Cluster(rank, world, local, address, port, "srun")
 
 
-def _from_mpi() -> Cluster:
+def _from_mpi(env: Mapping[str, str]) -> Cluster:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise BadInput(f"started by mpirun, but mpi4py cannot load the MPI library: {error}") from None
     world = MPI.COMM_WORLD
+    rank, size = world.Get_rank(), world.Get_size()
+    if size != (started := _mpi_size(env)):
+        raise BadInput(
+            f"mpirun started {started} processes, but mpi4py sees {size}: it has loaded another MPI library than that "
+            "of mpirun (python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')"
+        )
     local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
-    mine = (_own_address(), _free_port()) if world.Get_rank() == 0 else None
-    address, port = world.bcast(mine, root=0)
-    cluster = Cluster(world.Get_rank(), world.Get_size(), local_rank, address, port, "mpirun")
+    hosts = world.allgather(socket.gethostname())
+    address, port = world.bcast((_address_towards(hosts), _free_port()) if rank == 0 else None, root=0)
     # MPI has told all that we need. Left open, its finalisation at exit waits for ranks that have died.
     MPI.Finalize()
-    return cluster
+    return Cluster(rank, size, local_rank, address, port, "mpirun")
 
 
 def _mpi_size(env: Mapping[str, str]) -> int | None:
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if env.get(name, "").isdigit():
-            return int(env[name])
-    return None
+    name = next((name for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE") if name in env), None)
+    return _number(env, name) if name else None
 
 
 def _slurm_size(env: Mapping[str, str]) -> int | None:
@@ -131,19 +138,21 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 def _first_host(nodelist: str) -> str:
     """First host of a Slurm node list such as `gpu[007-009],login1`; what `scontrol show hostnames` prints first."""
-    if match := re.match(r"([^,\[]*)\[(\d+)[^\]]*\]([^,]*)", nodelist):
-        return "".join(match.groups())
-    return nodelist.split(",")[0]
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first.group()) if first else ""
 
 
-def _own_address() -> str:
-    """Address of this host as other hosts reach it; its name where nothing better is known."""
+def _address_towards(hosts: list[str]) -> str:
+    """Address of this host as the first other one reaches it; its name if that cannot be told."""
+    other = next((host for host in hosts if host != socket.gethostname()), None)
+    if other is None:
+        return "127.0.0.1"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("10.255.255.255", 1))  # sends nothing; asks the routing table only
+            probe.connect((other, 1))  # sends nothing; asks the routing table only
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            return socket.gethostname()
 
 
 def _free_port() -> int:

@@ -122,7 +122,6 @@ def test_a_rank_outside_the_world_is_refused(rank: str) -> None:
     assert rank in problem(SRUN | {"SLURM_PROCID": rank})
 
 
-@pytest.mark.xfail(strict=True, reason="product: the message says 'rank' and 'world size', not the variables")
 def test_a_rank_outside_the_world_is_explained_by_its_variables() -> None:
     assert_names(problem(DEEPSPEED | {"RANK": "4"}), "RANK", "WORLD_SIZE")
     assert_names(problem(SRUN | {"SLURM_PROCID": "2"}), "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -146,12 +145,10 @@ def test_a_missing_variable_of_srun_is_named(name: str) -> None:
     assert_names(problem(without(SRUN, name)), name)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="product: the node list is read without a check")
 def test_a_job_step_without_a_node_list_is_told_so() -> None:
     assert_names(problem(without(SRUN, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST")), "SLURM_STEP_NODELIST")
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="product: int() of these variables is not guarded")
 @pytest.mark.parametrize(
     ("environment", "name"),
     [
@@ -188,7 +185,6 @@ def test_a_batch_shell_is_told_to_use_srun() -> None:
 
 # Each of these processes was started as one of two, but cannot talk to the other (here because the other does not
 # exist; on clusters because mpi4py has loaded another MPI than mpirun's). Alone it would train into the same folder.
-@pytest.mark.xfail(strict=True, reason="product: the sizes that mpirun and the MPI library tell are not compared")
 @pytest.mark.parametrize(
     "environment",
     [
@@ -212,20 +208,13 @@ def test_one_of_two_processes_of_mpirun_never_takes_itself_for_a_world_of_one(en
     assert "mpi4py" in done.stdout
 
 
-MULTI_BRACKETS = pytest.mark.xfail(strict=True, reason="product: only the first bracket of a host's name is expanded")
-
-
-@pytest.mark.parametrize(
-    "nodelist", [pytest.param(name, marks=MULTI_BRACKETS if name.count("[") > 1 else ()) for name in FIRST_HOSTS]
-)
+@pytest.mark.parametrize("nodelist", FIRST_HOSTS)
 def test_the_master_is_the_first_host_of_the_node_list(nodelist: str) -> None:
     assert discover(SRUN | {"SLURM_STEP_NODELIST": nodelist}).master_addr == FIRST_HOSTS[nodelist]
 
 
 @pytest.mark.skipif(bool(hosts.missing("scontrol")), reason=str(hosts.missing("scontrol")))
-@pytest.mark.parametrize(
-    "nodelist", [pytest.param(name, marks=MULTI_BRACKETS if name.count("[") > 1 else ()) for name in FIRST_HOSTS]
-)
+@pytest.mark.parametrize("nodelist", FIRST_HOSTS)
 def test_the_first_host_is_the_one_that_scontrol_prints_first(nodelist: str, tmp_path: Path) -> None:
     config = tmp_path / "slurm.conf"  # expanding names asks no daemon, but reads a configuration
     config.write_text("ClusterName=test\nSlurmctldHost=localhost\nNodeName=x\n")

@@ -293,7 +293,6 @@ def places(run: Run) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ranks
-@pytest.mark.xfail(strict=True, reason="product: the variables of a job step win over those of mpirun")
 def test_mpirun_inside_a_job_step_has_the_say(mpirun: tuple[str, ...], run: Run) -> None:
     """As in a batch job: mpirun starts its daemons on the other nodes by srun, and their ranks inherit that step."""
     step = {
@@ -310,7 +309,6 @@ def test_mpirun_inside_a_job_step_has_the_say(mpirun: tuple[str, ...], run: Run)
 
 
 @pytest.mark.cluster
-@pytest.mark.xfail(strict=True, reason="product: the master is 127.0.0.1 where there is no route to 10.255.255.255")
 def test_mpirun_over_two_hosts_names_a_master_that_both_reach(
     ssh: ssh_hosts.SshHosts, mpirun: tuple[str, ...], run: Run
 ) -> None:
