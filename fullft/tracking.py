@@ -44,7 +44,7 @@ class Tracker:
             file.write(json.dumps({"step": step} | row) + "\n")
         # W&B's history only grows: rows of steps that were already sent before a crash would be shifted to new ones.
         if self._run is not None and step > self._last_step_sent:
-            self._guarded(lambda run: run.log(row, step=step))
+            self._guarded(lambda run: run.log(row, step=step, commit=True))  # else the row waits for the next step
         if self._bar.disable:
             print(f"step {step}/{self._total_steps}  {show}{self._remaining(step)}", flush=True)
         else:

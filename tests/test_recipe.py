@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import REPOSITORY
 
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, Section, fingerprint, identity, load_recipe, parse_recipe
@@ -366,3 +367,12 @@ def test_data_sets_and_tasks_are_part_of_the_identity() -> None:
     assert changed("data.train.0.fields={output: answer}")
     assert changed(data=SMALLEST["data"] | {"validation": "v.jsonl"})
     assert changed(retention={"tasks": [{"name": "t", "kind": "text", "data": "x.jsonl"}]})
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_with_fullft_are_valid(path: Path) -> None:
+    load_recipe(path)
+
+
+def test_the_recipe_of_the_readme_is_valid() -> None:
+    parse_recipe(yaml.safe_load((REPOSITORY / "README.md").read_text().split("```yaml")[1].split("```")[0]))
