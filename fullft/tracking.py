@@ -28,8 +28,8 @@ class Tracker:
         if not is_main:
             return
         self._file = recipe.run_folder / "metrics.jsonl"
-        self._last_step_sent = _cut_back(self._file, resumed_step)
-        self._run = _start_wandb(recipe)
+        last_logged = _cut_back(self._file, resumed_step)
+        self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
         self._total_steps = total_steps
         self._bar = tqdm(
             total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -92,23 +92,30 @@ def _cut_back(file: Path, step: int) -> int:
     return max((row["step"] for row in rows), default=-1)
 
 
-def _start_wandb(recipe: Recipe) -> Any:
-    """The W&B run of this run folder: its id is kept there, so a resumed run goes on in the same one."""
+def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
+    """The W&B run, and the last step it was ever sent.
+
+    Both are kept in wandb_run.json of the run folder, so a resumed run goes on in the same W&B run, and no step is
+    sent twice however often it is killed.
+    """
     mode: Any = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
     if mode == "disabled":
-        return None
+        return None, -1
     import wandb
 
     if mode == "online" and not wandb.api.api_key:
         print("W&B: no API key (run `wandb login`), so this run is tracked offline", flush=True)
         mode = "offline"
-    id_file = recipe.run_folder / "wandb_run_id"
-    if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+    file = recipe.run_folder / "wandb_run.json"
+    known = json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "last_step": -1}
+    known["last_step"] = max(known["last_step"], last_logged)
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(known))
+    partial.rename(file)
     os.environ.setdefault("WANDB_SILENT", "true")
     arguments: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", recipe.tracking.project),
-        "name": recipe.tracking.name or recipe.run_folder.name, "id": id_file.read_text().strip(), "resume": "allow",
+        "name": recipe.tracking.name or recipe.run_folder.name, "id": known["id"], "resume": "allow",
         "dir": recipe.run_folder, "config": recipe.model_dump(mode="json"), "tags": recipe.tracking.tags,
     }  # fmt: skip
     settings = wandb.Settings(
@@ -123,8 +130,8 @@ def _start_wandb(recipe: Recipe) -> Any:
             run = wandb.init(mode="offline", settings=settings, **arguments)
         except Exception as second:
             print(f"W&B does not start, metrics.jsonl has every row ({second})", flush=True)
-            return None
+            return None, -1
     run.define_metric("train/global_step")
     for group in ("train/*", "perf/*", "eval/*", "retention/*", "skill/*"):
         run.define_metric(group, step_metric="train/global_step")
-    return run
+    return run, known["last_step"]

@@ -86,11 +86,12 @@ def wandb_steps(recipe: Recipe) -> tuple[set[str], list[int]]:
 
 def test_a_resumed_run_is_one_run_with_every_step_once(tracked: Recipe) -> None:
     log(tracked, 0, 6, "killed")
-    log(tracked, 3, 9, "well")  # the checkpoint was of step 3: steps 4 to 6 are done again
+    log(tracked, 3, 4, "killed")  # the checkpoint was of step 3: steps 4 to 6 are done again,
+    log(tracked, 3, 9, "well")  # and again
     rows = [json.loads(line) for line in (tracked.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 10))
     ids, steps = wandb_steps(tracked)
-    assert ids == {(tracked.run_folder / "wandb_run_id").read_text()}
+    assert ids == {json.loads((tracked.run_folder / "wandb_run.json").read_text())["id"]}
     assert steps == list(range(1, 10))
 
 
