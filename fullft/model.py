@@ -12,7 +12,7 @@ import safetensors
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import HfDeepSpeedConfig
 
 from fullft.errors import BadInput
@@ -96,10 +96,16 @@ def on_meta(model: Model) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
+        # The flash packages may be on the GPU nodes only; whether the architecture has sdpa is known here.
+        attention = model.attention if model.attention in ("sdpa", "eager") else "eager"
         with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
+            )
     except Exception as error:  # as above
-        raise BadInput(f"model.path: {model.path} cannot be built from its config: {_first_line(error)}") from None
+        advice = f"; model.attention is {model.attention}, try eager" if "attention" in str(error) else ""
+        reason = _first_line(error)
+        raise BadInput(f"model.path: {model.path} cannot be built from its config: {reason}{advice}") from None
     return built
 
 
@@ -120,8 +126,8 @@ def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
     Models whose files hold other tensors than the model (experts fused on loading) are left to transformers.
     """
     folder = Path(model.path)
-    converted = any(isinstance(step, WeightConverter) for step in get_model_conversion_mapping(meta))
-    if not folder.is_dir() or converted:
+    steps = get_model_conversion_mapping(meta)
+    if not folder.is_dir() or any(isinstance(step, WeightConverter) for step in steps):
         return []
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -134,8 +140,11 @@ def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
         except (safetensors.SafetensorError, OSError) as error:
             return [f"model.path: {file} cannot be read, is it complete? {error}"]
     wanted = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
-    prefix = f"{meta.base_model_prefix}."
-    found = {name if name in wanted else prefix + name: shape for name, shape in found.items()}
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    found = {
+        rename_source_key(name, renamings, [], meta.base_model_prefix, wanted)[0]: shape
+        for name, shape in found.items()
+    }
     tied = set(meta.all_tied_weights_keys)
     missing = [name for name in wanted if name not in found and name not in tied]
     misshaped = [

@@ -107,7 +107,9 @@ def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
         print("W&B: no API key (run `wandb login`), so this run is tracked offline", flush=True)
         mode = "offline"
     file = recipe.run_folder / "wandb_run.json"
-    known = json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "last_step": -1}
+    known: dict[str, Any] = (
+        json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "last_step": -1}
+    )
     known["last_step"] = max(known["last_step"], last_logged)
     partial = file.with_suffix(".tmp")
     partial.write_text(json.dumps(known))

@@ -215,11 +215,17 @@ def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
     nodes: slurm.Slurm, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
 ) -> None:
     # In the batch shell of a real job: the variables that it has beside those of the step must not confuse the ranks.
-    script = tmp_path / "job.sh"
-    job = " ".join(["exec", "srun", sys.executable, *arguments(recipe)])
-    script.write_text(f"#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=1\n{job}\n")
-    run.start("sbatch", "--wait", f"--output={tmp_path}/job.log", str(script), popen=nodes.popen, **ON_HOSTS)
-    assert run.wait(TRAINING_SECONDS) == 0, run.output + (tmp_path / "job.log").read_text()
+    script, log, code = (tmp_path / f"job.{suffix}" for suffix in ("sh", "log", "code"))
+    job = " ".join(["srun", sys.executable, *arguments(recipe)])
+    script.write_text(f"#!/bin/sh\n#SBATCH --nodes=2 --ntasks-per-node=1\n{job}\necho $? >{code}\n")
+    run.start("sbatch", f"--output={log}", str(script), popen=nodes.popen, **ON_HOSTS)
+    assert run.wait(60) == 0, run.output
+    deadline = time.monotonic() + TRAINING_SECONDS
+    # `sbatch --wait` would look after 2, 10 and 42 seconds only.
+    while not (code.exists() and code.read_text().endswith("\n")):
+        assert time.monotonic() < deadline, log.read_text() if log.exists() else run.output
+        time.sleep(0.1)
+    assert code.read_text() == "0\n", log.read_text()
     assert_trained_by("srun", recipe)
     assert losses(recipe) == expected
     run.assert_nothing_left()
@@ -280,16 +286,17 @@ def test_a_killed_rank_ends_the_whole_run_under_deepspeed(recipe: dict[str, Any]
 
 
 PLACE = """
-import dataclasses, json
+import dataclasses, json, os, pathlib, socket
 from fullft import cluster
-print(json.dumps(dataclasses.asdict(cluster.discover())), flush=True)
+place = json.dumps(dataclasses.asdict(cluster.discover()))
+pathlib.Path(f"{socket.gethostname()}-{os.getpid()}.place").write_text(place)
 """
 
 
 def places(run: Run) -> list[dict[str, Any]]:
-    """What the processes of a run that print their PLACE have printed, by rank."""
-    lines = [json.loads(line) for line in run.output.splitlines() if line.startswith("{")]
-    return sorted(lines, key=lambda place: place["rank"])
+    """What the processes of a run found out about their PLACE, by rank. (mpirun may mix up the lines that they print.)"""
+    found = [json.loads(file.read_text()) for file in run.folder.glob("*.place")]
+    return sorted(found, key=lambda place: place["rank"])
 
 
 @pytest.mark.ranks
