@@ -57,13 +57,15 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
         cluster = _from_slurm(env)
     elif "PMI_SIZE" in env:
         cluster = _from_mpi(env)
-    elif "SLURM_JOB_ID" in env and "SLURM_NTASKS" in env and _number(env, "SLURM_NTASKS") > 1:
+    elif alone := [
+        f"{name}={env[name]}" for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES") if _number(env, name, 1) > 1
+    ]:
         raise BadInput(
-            f"job {env['SLURM_JOB_ID']} has SLURM_NTASKS={env['SLURM_NTASKS']}, but this process was not started by "
-            "srun: put `srun` before the command"
+            f"the Slurm job has {' and '.join(alone)}, but this process was not started by srun: put `srun` before the "
+            "command"
         )
     else:
-        port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
+        port = _number(env, "MASTER_PORT", _free_port())
         cluster = Cluster(0, 1, 0, "127.0.0.1", port, "python")
     if not 0 <= cluster.rank < cluster.world_size:
         rank, size = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if cluster.launcher == "srun" else ("RANK", "WORLD_SIZE")
@@ -96,8 +98,7 @@ def _from_slurm(env: Mapping[str, str]) -> Cluster:
         )
     # Same port on all ranks without talking: from the job and step number, outside the usual ephemeral range.
     default_port = 15000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 15000
-    port = _number(env, "MASTER_PORT") if "MASTER_PORT" in env else default_port
-    return Cluster(rank, world, local, address, port, "srun")
+    return Cluster(rank, world, local, address, _number(env, "MASTER_PORT", default_port), "srun")
 
 
 def _from_mpi(env: Mapping[str, str]) -> Cluster:
@@ -129,7 +130,9 @@ def _slurm_size(env: Mapping[str, str]) -> int | None:
     return _number(env, "SLURM_STEP_NUM_TASKS") if "SLURM_STEP_NUM_TASKS" in env else None
 
 
-def _number(env: Mapping[str, str], name: str) -> int:
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in env:
+        return default
     try:
         return int(env[name])
     except (KeyError, ValueError):
@@ -163,27 +166,30 @@ def _free_port() -> int:
 
 def join(cluster: Cluster, timeout_minutes: float) -> None:
     """Form the process group of all ranks through DeepSpeed: NCCL on GPUs, gloo on CPUs."""
-    os.environ.update(
-        RANK=str(cluster.rank), WORLD_SIZE=str(cluster.world_size), LOCAL_RANK=str(cluster.local_rank),
-        MASTER_ADDR=cluster.master_addr, MASTER_PORT=str(cluster.master_port),
-    )  # fmt: skip
     import deepspeed
     import deepspeed.ops
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    device = cluster.local_rank
     if get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile this op (27 s, and a killed build leaves a lock that hangs the next run) only for
         # inference_all_reduce, which training never calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         visible = get_accelerator().device_count()
-        if cluster.local_rank >= visible:
+        if visible == 1 and cluster.launcher == "srun":
+            device = 0  # --gpus-per-task=1 shows each process its own GPU only
+        if device >= visible:
             raise BadInput(
                 f"local rank {cluster.local_rank} on {socket.gethostname()} has no GPU: {visible} visible; start at "
                 f"most {visible} processes on a node"
             )
-        get_accelerator().set_device(cluster.local_rank)
+        get_accelerator().set_device(device)
+    os.environ.update(
+        RANK=str(cluster.rank), WORLD_SIZE=str(cluster.world_size), LOCAL_RANK=str(device),
+        MASTER_ADDR=cluster.master_addr, MASTER_PORT=str(cluster.master_port),
+    )  # fmt: skip
     try:
         deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), auto_mpi_discovery=False)
     except torch.distributed.DistNetworkError as error:

@@ -181,6 +181,8 @@ def test_variables_left_over_in_the_shell_are_refused_under_a_launcher(
 
 def test_a_batch_shell_is_told_to_use_srun() -> None:
     assert_names(problem(BATCH_SHELL), "SLURM_NTASKS=2", "srun")
+    nodes_only = without(BATCH_SHELL, "SLURM_NTASKS") | {"SLURM_JOB_NUM_NODES": "2"}  # sbatch -N2
+    assert_names(problem(nodes_only), "SLURM_JOB_NUM_NODES=2", "srun")
 
 
 # Each of these processes was started as one of two, but cannot talk to the other (here because the other does not

@@ -294,7 +294,7 @@ pathlib.Path(f"{socket.gethostname()}-{os.getpid()}.place").write_text(place)
 
 
 def places(run: Run) -> list[dict[str, Any]]:
-    """What the processes of a run found out about their PLACE, by rank. (mpirun may mix up the lines that they print.)"""
+    """The PLACE of each process of a run, by rank; from files, as mpirun may mix up the lines of ranks."""
     found = [json.loads(file.read_text()) for file in run.folder.glob("*.place")]
     return sorted(found, key=lambda place: place["rank"])
 
