@@ -57,8 +57,10 @@ def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
         files += [_entry(partial / name) for name in (".metadata", "state.json")]
         (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         _to_disk(partial)
-        if final.exists():  # damaged, else the run had resumed from it
-            shutil.rmtree(final)
+        # What is there of this step or a later one is damaged: the run would have resumed from it. It must not count
+        # among the kept.
+        for damaged in (path for path in folder.glob("step-*") if path.name >= final.name and path != partial):
+            shutil.rmtree(damaged)
         partial.rename(final)
         _to_disk(folder)
         for old in _complete(folder)[:-keep]:

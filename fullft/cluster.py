@@ -53,7 +53,9 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
         cluster = _from_torch(env)
     elif "OMPI_COMM_WORLD_SIZE" in env:  # before srun: mpirun starts its daemons by srun, and ranks inherit that step
         cluster = _from_mpi(env)
-    elif "SLURM_STEP_NUM_TASKS" in env:  # by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
+    elif "SLURM_STEP_NUM_TASKS" in env and _number(env, "PMI_SIZE", 0) <= _number(
+        env, "SLURM_STEP_NUM_TASKS"
+    ):  # by srun only; SLURM_PROCID and SLURM_NTASKS are there in a batch shell too
         cluster = _from_slurm(env)
     elif "PMI_SIZE" in env:
         cluster = _from_mpi(env)
@@ -226,8 +228,8 @@ def exit_bad_input(error: BadInput, cluster: Cluster | None) -> None:
         print(error.report(), file=sys.stderr, end="", flush=True)
     else:
         time.sleep(5)  # rank 0 meets the same error, unless it is one of this node alone
-        if cluster.local_rank == 0:
-            print(f"on {socket.gethostname()}: {error.report()}", file=sys.stderr, end="", flush=True)
+        own = f"rank {cluster.rank} on {socket.gethostname()}: {error.problems[0]}"
+        print(f"fullft: {own}", file=sys.stderr, flush=True)
     exit_now(EXIT_BAD_INPUT)
 
 
@@ -251,6 +253,9 @@ def host_report() -> dict[str, str]:
     report = {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py")}
     report |= {"python": platform.python_version(), "host": socket.gethostname(), "cpu_count": str(os.cpu_count())}
     report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    report["git_commit"] = git.stdout.strip() or "unknown"
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        report["git_commit"] = git.stdout.strip() or "unknown"
+    except OSError:  # slim images have no git
+        report["git_commit"] = "unknown"
     return report

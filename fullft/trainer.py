@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,6 @@ def stop_at_non_finite(
             for row in inputs.batches.rows_of_step(step)
         ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dist.barrier()
     broken = [str(rank) for rank, value in enumerate(losses) if not math.isfinite(value)]
     what = (
         f"the loss of rank {', '.join(broken)} is not finite" if broken else "the loss is finite, its gradient is not"
@@ -185,10 +185,12 @@ def stop_at_non_finite(
     message = (
         f"step {step + 1}: {what} (gradient norm {grad_norm}). The rows and batches of this step are in {folder}. "
         + (f"Last good checkpoint: {good}. " if good else "There is no checkpoint yet. ")
-        + "Look at the rows, or lower train.learning_rate; starting again goes on from the checkpoint."
+        + "Look at the rows, or lower train.learning_rate; started again, the same data come in the same order."
     )
     if cluster.is_main:
         set_state(recipe.run_folder, "stopped", reason=message)
+        print(f"fullft: training stopped at {message}", file=sys.stderr, flush=True)
+    dist.barrier()  # the first rank to end takes the others with it, so all must have written before
     raise TrainingStopped(message)
 
 

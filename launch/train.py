@@ -46,9 +46,8 @@ def main() -> int:
         return EXIT_DONE
     except BadInput as error:
         cluster.exit_bad_input(error, me)
-    except TrainingStopped as error:  # on all ranks; state.json says so already
-        if me is not None and me.is_main:
-            print(f"fullft: training stopped at {error}", file=sys.stderr)
+    except TrainingStopped:  # on all ranks; said already, and in state.json
+        pass
     except BaseException:
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()

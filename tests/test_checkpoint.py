@@ -99,3 +99,19 @@ def test_a_finished_run_is_not_run_again(recipe: dict[str, Any], launch: Launch)
 def test_state_says_how_the_run_stands(recipe: dict[str, Any], launch: Launch) -> None:
     launch(recipe)
     assert json.loads((Path(recipe["run_dir"]) / "state.json").read_text())["status"] == "done"
+
+
+def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(
+    long_recipe: dict[str, Any], launch: Launch, tmp_path: Path
+) -> None:
+    long_recipe["train"]["steps"] = 12
+    kill_after(long_recipe, 11, tmp_path / "killed.yaml")
+    checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
+    with (checkpoints / "step-00000010" / "__0_0.distcp").open("r+b") as file:
+        file.truncate(100)
+    (Path(long_recipe["run_dir"]) / "metrics.jsonl").unlink()  # kill_after waits for its rows
+    # Resumed from step 5; the first checkpoint after that is of a step before the damaged one.
+    kill_after(long_recipe | {"checkpoint": {"every_steps": 7, "keep": 1}}, 8, tmp_path / "killed.yaml")
+    assert [path.name for path in checkpoints.iterdir() if path.suffix != ".tmp"] == ["step-00000007"]
+    launch(long_recipe)
+    assert metrics(long_recipe)[-1]["step"] == 12

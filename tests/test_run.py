@@ -215,3 +215,26 @@ def test_offloading_the_optimizer_changes_nothing(recipe: dict[str, Any], launch
     (run / "checkpoints/step-00000004").rename(run / "set-aside")
     launch(offloaded)
     assert losses(offloaded) == pytest.approx(losses(recipe), abs=1e-4)
+
+
+def test_answers_are_greedy_whatever_the_generation_config_of_the_model(
+    measured: dict[str, Any], launch: Launch, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.generation_config.repetition_penalty = 1.7
+    model.generation_config.no_repeat_ngram_size = 1
+    model.save_pretrained(tmp_path / "penalised")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "penalised")
+    measured["train"]["steps"] = 1
+    penalised = measured | {
+        "run_dir": measured["run_dir"] + "-penalised",
+        "model": {"path": str(tmp_path / "penalised")},
+    }
+    launch(measured, ranks=1)
+    launch(penalised, ranks=1)
+    answers = [
+        (Path(run["run_dir"]) / "samples/step-00000000.answers.jsonl").read_text() for run in (measured, penalised)
+    ]
+    assert answers[0] == answers[1]
+    exported = json.loads((Path(penalised["run_dir"]) / "export/generation_config.json").read_text())
+    assert exported["repetition_penalty"] == 1.7

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from fullft.loss import IGNORE, labelled_logits
 from fullft.recipe import Recipe
@@ -136,6 +136,12 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
         token for token in (stop if isinstance(stop, list) else [stop]) + [tokenizer.eos_token_id] if token is not None
     }
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=prepared.max_new_tokens,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=padding,
+    )
     batches = _batched([len(item.prompt) for item in prepared.items], suite.generation_batch_size)
 
     @torch.no_grad()
@@ -147,15 +153,16 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
             [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=engine.device
         )
         # synced_gpus: ranks whose answers end early go on running the forwards that the others need.
-        answers = engine.module.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=prepared.max_new_tokens,
-            eos_token_id=sorted(stops) or None, pad_token_id=padding, synced_gpus=dist.get_world_size() > 1,
-            temperature=None, top_p=None, top_k=None,
-        )  # fmt: skip
+        answers = engine.module.generate(input_ids=ids, attention_mask=mask, synced_gpus=dist.get_world_size() > 1)
         texts = tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
         return list(zip(batches[batch], texts, strict=True))
 
-    texts = dict(pair for result in _share(len(batches), run) for pair in result)
+    # generate() fills what is unset from the model's own config, where a repetition penalty would make it not greedy.
+    own, engine.module.generation_config = engine.module.generation_config, greedy
+    try:
+        texts = dict(pair for result in _share(len(batches), run) for pair in result)
+    finally:
+        engine.module.generation_config = own
     results = []
     for number, item in enumerate(prepared.items):
         found = answer(texts[number], prepared.answer_pattern)
