@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import REPOSITORY, Launch, losses, metrics, torchrun, write_recipe
 from safetensors.torch import load_file
@@ -38,12 +37,13 @@ def kill_after(recipe: dict[str, Any], step: int, config: Path, ranks: int = 2) 
         assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    children = subprocess.run(
-        ["pgrep", "-s", str(process.pid)], capture_output=True, text=True, check=True
-    ).stdout.split()
-    for pid in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+    # torchrun puts its ranks into sessions of their own, so neither the group nor the session of the launcher has them.
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(everyone) > ranks
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    psutil.wait_procs(everyone, timeout=10)
     process.wait()
 
 
