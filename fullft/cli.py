@@ -56,13 +56,18 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     from fullft.planner import GIB
     from fullft.preflight import preflight
 
-    inputs = preflight(recipe, world_size)
+    if world_size < 1:
+        raise BadInput(f"--world-size: {world_size} is not a number of ranks")
+    # This may be a login node without GPU: what is asked is about the GPUs, unless CPU ranks are wanted.
+    inputs = preflight(recipe, world_size, on_gpu=os.environ.get("DS_ACCELERATOR") != "cpu")
     plan, data = inputs.plan, inputs.documents.summary
     print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
     print("data     " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in data.items() if value))
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
+    for warning in inputs.warnings:
+        print(f"warning  {warning}")
     print("ok")
 
 

@@ -30,6 +30,12 @@ def geometry(recipe: Recipe, world_size: int) -> Geometry:
             f"train.global_batch_size: {size} sequences cannot be shared by {world_size} ranks × "
             f"train.micro_batch_size {micro}: must be a multiple of {micro * world_size}, e.g. {choices}"
         )
+    if micro > 1 and recipe.data.packing and recipe.model.attention.startswith("flash"):
+        # transformers looks for document borders in position ids for flash attention only when the batch is 1.
+        raise BadInput(
+            f"train.micro_batch_size: {micro} packed sequences at once would see each other's documents with "
+            f"model.attention {recipe.model.attention}: must be 1; raise data.sequence_length instead"
+        )
     return Geometry(size, micro, accumulation, world_size, recipe.train.seed)
 
 

@@ -19,7 +19,7 @@ class BadInput(Exception):
     def report(self) -> str:
         """All problems, one a line, under a count."""
         count = len(self.problems)
-        return f"fullft: {count} problem{'s' if count > 1 else ''}, nothing was started:\n" + "".join(
+        return f"fullft: {count} problem{'s' if count > 1 else ''}, training was not started:\n" + "".join(
             f"  - {problem}\n" for problem in self.problems
         )
 

@@ -68,7 +68,7 @@ def _write(
 ) -> None:
     model.save_pretrained(folder, state_dict=weights, max_shard_size=f"{int(max_shard_gb * 1000)}MB")
     config = type(model.config).from_pretrained(folder)
-    config.dtype, config.use_cache = dtype, True
+    config.dtype = dtype
     config.save_pretrained(folder)
 
 

@@ -51,7 +51,7 @@ def build_optimizer(model: torch.nn.Module, train: Train, offload: bool) -> torc
 
 
 def learning_rate(step: int, total_steps: int, train: Train) -> float:
-    """The rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to min_learning_rate.
+    """The rate of optimizer step `step` (from 0): linear warm-up, then the schedule towards min_learning_rate.
 
     A pure function of the step, so a resumed run, on any number of ranks, goes on exactly.
     """

@@ -11,15 +11,18 @@ from fullft.recipe import Recipe
 GIB = 2**30
 
 
-def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: bool) -> dict[str, Any]:
+def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: bool, accumulation: int) -> dict[str, Any]:
     """Bytes of one rank's training state (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
 
     bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
-    fp32: 4 + 4 + 4 (DeepSpeed keeps a second fp32 copy) + 8 = 20. Activations and buffers come on top.
+    18 with gradient accumulation, which is done in fp32. fp32: 4 + 4 + 4 (DeepSpeed keeps a second copy) + 8 = 20.
+    Activations and buffers come on top.
     """
     shard = math.ceil(facts.parameters / world_size)
     low = 2 if bf16 else 4
-    state = {"weights": low * shard, "gradients": low * shard, "master_weights": 4 * shard, "adamw_moments": 8 * shard}
+    gradients = 4 if accumulation > 1 else low
+    state = {"weights": low, "gradients": gradients, "master_weights": 4, "adamw_moments": 8}
+    state = {name: size * shard for name, size in state.items()}
     on_host = ("master_weights", "adamw_moments") if offload else ()
     checkpoint = 12 * facts.parameters
     exported = {"auto": low, "bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters

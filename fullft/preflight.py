@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft import engine, model, planner
+from fullft.checkpoint import newest
 from fullft.data.batches import Batches
 from fullft.data.cache import Documents, open_or_prepare
 from fullft.data.formats import source_files
@@ -37,9 +38,10 @@ class Inputs:
     total_steps: int
     deepspeed_config: dict[str, Any]
     plan: dict[str, Any]
+    warnings: list[str]
 
 
-def preflight(recipe: Recipe, world_size: int) -> Inputs:
+def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
     """Check recipe, files, model, data and run folder against each other, and tokenize the data if the cache lacks it.
 
     Raises:
@@ -71,22 +73,25 @@ def preflight(recipe: Recipe, world_size: int) -> Inputs:
         raise BadInput(problems)
 
     facts = model.facts(meta)
-    bf16 = model.precision(recipe) == torch.bfloat16
-    planned = planner.plan(recipe, facts, world_size, bf16, engine.offloads_optimizer(config))
+    precision = model.precision(recipe, on_gpu)
+    offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
+    planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
+    problems += _prompt_problems(suite, meta) if suite is not None else []
     documents = attempt(open_or_prepare, recipe.data.train, recipe.data, tokenizer, recipe.cache_folder)
     if problems or suite is None or documents is None:
         raise BadInput(problems)
 
     batches = Batches(documents, recipe.data.sequence_length, recipe.data.packing, geometry)
     total = recipe.train.steps or math.ceil((recipe.train.epochs or 1.0) * len(batches) / geometry.global_batch_size)
-    filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, model.precision(recipe))
+    filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": len(batches), "gradient_accumulation_steps": geometry.accumulation,
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
-    return Inputs(tokenizer, facts, documents, batches, suite, total, filled, planned)
+    warnings = _warnings(recipe, total, len(batches))
+    return Inputs(tokenizer, facts, documents, batches, suite, total, filled, planned, warnings)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -104,6 +109,8 @@ def check_run_folder(recipe: Recipe) -> None:
         raise BadInput(
             f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten"
         )
+    if not (folder / "metrics.jsonl").exists() and newest(folder / "checkpoints") is None:
+        return  # it ended before its first step: nothing of it is lost
     if recipe.checkpoint.resume == "never":
         raise BadInput(
             f"run_dir: {folder} holds a run and checkpoint.resume is never; choose another run_dir, or resume=auto"
@@ -145,8 +152,42 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     return [f"model.path: the tokenizer has token ids up to {highest}, the model's embedding only {rows} rows"]
 
 
+def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
+    longest = _longest(meta)
+    needed = {
+        task.name: max(len(item.prompt) for item in task.items) + task.max_new_tokens
+        for task in suite.tasks
+        if task.kind == "generate"
+    }
+    return [
+        f"task {name}: its longest prompt and max_new_tokens make {tokens} tokens, above the model's "
+        f"max_position_embeddings, {longest}"
+        for name, tokens in needed.items()
+        if longest is not None and tokens > longest
+    ]
+
+
+def _warnings(recipe: Recipe, total_steps: int, sequences: int) -> list[str]:
+    """What is allowed, and most likely not meant."""
+    found = []
+    if recipe.train.global_batch_size > sequences:
+        found.append(
+            f"train.global_batch_size is {recipe.train.global_batch_size}, the data make {sequences} sequences: each "
+            "step sees some of them several times"
+        )
+    if recipe.train.warmup_steps >= total_steps > 1:
+        found.append(
+            f"train.warmup_steps is {recipe.train.warmup_steps:g} of {total_steps} steps: the peak is not reached"
+        )
+    return found
+
+
+def _longest(meta: PreTrainedModel) -> int | None:
+    return getattr(meta.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
-    longest = getattr(meta.config.get_text_config(), "max_position_embeddings", None)
+    longest = _longest(meta)
     if longest is None or recipe.data.sequence_length <= longest:
         return []
     return [

@@ -28,7 +28,7 @@ class Model(Section):
     path: str = Field(description="Hugging Face folder or hub name of the base model")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
-        "sdpa", description="attention implementation of transformers; all of these keep packed documents apart"
+        "sdpa", description="attention implementation of transformers; checked to keep packed documents apart"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 

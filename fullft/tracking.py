@@ -29,7 +29,11 @@ class Tracker:
             return
         self._file = recipe.run_folder / "metrics.jsonl"
         last_logged = _cut_back(self._file, resumed_step)
-        self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
+        self._run, self._last_step_sent = None, -1
+        try:
+            self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
+        except Exception as error:  # nothing that W&B does may end a run
+            print(f"W&B does not start, metrics.jsonl has every row ({error})", flush=True)
         self._total_steps = total_steps
         self._bar = tqdm(
             total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -127,12 +131,8 @@ def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
         run = wandb.init(mode=mode, settings=settings, **arguments)
     except Exception as error:
         print(f"W&B cannot be reached, so this run is tracked offline ({error})", flush=True)
-        try:
-            wandb.teardown()
-            run = wandb.init(mode="offline", settings=settings, **arguments)
-        except Exception as second:
-            print(f"W&B does not start, metrics.jsonl has every row ({second})", flush=True)
-            return None, -1
+        wandb.teardown()
+        run = wandb.init(mode="offline", settings=settings, **arguments)
     run.define_metric("train/global_step")
     for group in ("train/*", "perf/*", "eval/*", "retention/*", "skill/*"):
         run.define_metric(group, step_metric="train/global_step")

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 import torch.distributed as dist
 
@@ -98,6 +99,7 @@ def is_due(step: int, every: int | None, total: int) -> bool:
 def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, Tracker]:
     """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
     if cluster.is_main:
+        _claim(recipe.run_folder)
         _write_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
     torch.manual_seed(recipe.train.seed)
@@ -110,7 +112,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
             f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
         )
     if recipe.data.packing:
-        model.require_documents_apart(engine, recipe.model.attention)
+        model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
 
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
@@ -212,11 +214,33 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
 
 
+_claims: list[filelock.BaseFileLock] = []  # held until the process ends, however it ends
+
+
+def _claim(folder: Path) -> None:
+    """Raises BadInput when another process trains into this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise BadInput(
+            f"run_dir: another process is training into {folder}; end it, or choose another run_dir"
+        ) from None
+    _claims.append(lock)
+
+
 def set_state(folder: Path, status: str, **more: Any) -> None:
     """state.json says how a run stands: launchers do not carry exit codes faithfully."""
     partial = folder / "state.tmp"
     partial.write_text(json.dumps({"status": status, "time": time.time()} | more))
     partial.rename(folder / "state.json")
+
+
+def mark_failed(folder: Path) -> None:
+    """state.json: failed, if this process has claimed the folder."""
+    if _claims:
+        set_state(folder, "failed")
 
 
 def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
@@ -244,4 +268,5 @@ def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: i
         f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
         f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
         f"run    {recipe.run_folder}",
+        *(f"warning: {warning}" for warning in inputs.warnings),
     ]

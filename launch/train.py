@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from fullft import cluster
 from fullft.errors import EXIT_DONE, EXIT_FAILED, BadInput, TrainingStopped
-from fullft.recipe import load_recipe
+from fullft.recipe import Recipe, load_recipe
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
 
-    me = None
+    me = recipe = None
     try:
         me = cluster.discover()
         recipe = load_recipe(arguments.config, arguments.overrides)
@@ -45,13 +45,21 @@ def main() -> int:
         cluster.leave()
         return EXIT_DONE
     except BadInput as error:
+        mark_failed(me, recipe)
         cluster.exit_bad_input(error, me)
     except TrainingStopped:  # on all ranks; said already, and in state.json
         pass
     except BaseException:
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()
+        mark_failed(me, recipe)
     return EXIT_FAILED
+
+
+def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None) -> None:
+    """state.json must not go on saying `running`; only for a run that this process had started."""
+    if me is not None and me.is_main and recipe is not None and "fullft.trainer" in sys.modules:
+        sys.modules["fullft.trainer"].mark_failed(recipe.run_folder)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import filelock
 import pytest
 import torch
 from conftest import REPOSITORY, chat, chats, torchrun, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fullft import trainer
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
@@ -513,6 +515,40 @@ def test_a_used_run_folder_is_refused_when_it_may_not_be_resumed(recipe: dict[st
     assert "checkpoint.resume" in said
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_mended_recipe(
+    recipe: dict[str, Any], used_folder: Path
+) -> None:
+    (used_folder / "metrics.jsonl").unlink()
+    preflight(parse_recipe(recipe, ["train.learning_rate=0.5"]), 1)
+
+
+def test_a_second_process_in_a_run_folder_is_refused(used_folder: Path) -> None:
+    with filelock.FileLock(used_folder / ".lock"), pytest.raises(BadInput, match="another process is training"):
+        trainer._claim(used_folder)
+
+
+def test_packed_sequences_that_flash_attention_would_mix_are_refused(recipe: dict[str, Any]) -> None:
+    recipe["model"]["attention"] = "flash_attention_2"
+    assert problem(recipe, "train.micro_batch_size=2").startswith("train.micro_batch_size: 2 packed sequences")
+
+
+def test_a_check_on_a_login_node_plans_for_gpus(recipe: dict[str, Any]) -> None:
+    for on_gpu, bytes_a_parameter in ((True, 16), (False, 20)):
+        inputs = preflight(parse_recipe(copy.deepcopy(recipe)), 4, on_gpu=on_gpu)
+        assert inputs.plan["device_bytes_per_rank"] == bytes_a_parameter * -(-inputs.facts.parameters // 4)
+        assert inputs.deepspeed_config["bf16"]["enabled"] is on_gpu
+    accumulating = preflight(parse_recipe(copy.deepcopy(recipe)), 2, on_gpu=True)
+    assert accumulating.plan["device_bytes_per_rank"] == 18 * -(-accumulating.facts.parameters // 2)
+
+
+def test_what_is_allowed_and_hardly_meant_is_a_warning(recipe: dict[str, Any]) -> None:
+    assert preflight(parse_recipe(copy.deepcopy(recipe)), 2).warnings == []
+    overrides = ["train.global_batch_size=64", "train.warmup_steps=4"]
+    batch, warmup = preflight(parse_recipe(recipe, overrides), 2).warnings
+    assert batch.startswith("train.global_batch_size is 64")
+    assert warmup.startswith("train.warmup_steps is 4 of 4 steps")
+
+
 @pytest.mark.parametrize("content", ["run_dir: a\nkey_of_another_version: 1\n", "{cut off", ""])
 def test_a_run_folder_whose_recipe_cannot_be_compared_is_refused_by_name(
     recipe: dict[str, Any], used_folder: Path, content: str
@@ -609,7 +645,7 @@ def test_bad_input_ends_a_plain_process_with_code_2_and_every_problem_once(
     command = [sys.executable, TRAIN, "--config", str(config)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
-    assert f"{len(told)} problems, nothing was started" in done.stderr
+    assert f"{len(told)} problems, training was not started" in done.stderr
     for text in told:
         assert sum(text in line for line in done.stderr.splitlines()) == 1
     assert "Traceback" not in done.stderr
@@ -625,7 +661,7 @@ def test_a_recipe_with_unknown_keys_ends_with_code_2_before_anything_heavy_is_im
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2
     assert said == [
-        "fullft: 2 problems, nothing was started:",
+        "fullft: 2 problems, training was not started:",
         "  - data.pakcing: unknown key; did you mean data.packing?",
         "  - train.lr: unknown key; it is called train.learning_rate here",
     ]
@@ -659,7 +695,7 @@ def test_bad_input_ends_all_ranks_and_is_told_once(recipe: dict[str, Any], tmp_p
     changed, file = with_rows(recipe, [*chats(3), "{broken"])
     ended = run_ranks(changed, tmp_path)
     assert ended.code != 0
-    assert ended.stderr.count("nothing was started") == 1
+    assert ended.stderr.count("training was not started") == 1
     assert ended.stderr.count(f"{file} row 4: not valid JSON") == 1
     assert "exitcode  : 2" in ended.stderr  # what torchrun says of the rank
     assert ended.left == []

@@ -363,6 +363,17 @@ FORGETFUL = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
+def test_the_end_of_turn_is_trained_where_the_template_closes_its_mark_before_it(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    right = tokenize(Conversation(chat("Hi", "Hello there")["messages"] * 2), tokenizer, "assistant")
+    marked = "{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}"
+    assert marked in tokenizer.chat_template
+    early = tokenizer.chat_template.replace(marked, "{{- message['content'] }}{%- endgeneration %}{{- '<|im_end|>' }}")
+    tokenizer.chat_template = early
+    assert tokenize(Conversation(chat("Hi", "Hello there")["messages"] * 2), tokenizer, "assistant") == right
+
+
 def test_a_template_that_rewrites_earlier_turns_is_told_not_mistrained(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = FORGETFUL
     once = tokenize(turns("1?", "one"), tokenizer, "assistant")

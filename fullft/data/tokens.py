@@ -89,7 +89,21 @@ def _by_generation_marks(example: Conversation, tokenizer: PreTrainedTokenizerBa
     encoded: Any = tokenizer.apply_chat_template(
         example.messages, tools=example.tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    return Tokens(encoded["input_ids"], [bool(trained) for trained in encoded["assistant_masks"]])
+    trained = [bool(token) for token in encoded["assistant_masks"]]
+    return Tokens(encoded["input_ids"], _with_end_of_turn(encoded["input_ids"], trained, tokenizer))
+
+
+def _with_end_of_turn(ids: list[int], trained: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Train the end-of-turn token also where the template closes its mark before it: else the model never stops.
+
+    It is the EOS token, or the special token that ends a conversation whose last words are the assistant's.
+    """
+    ends = {tokenizer.eos_token_id}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    tail = ids[max((at for at, token in enumerate(trained) if token), default=len(ids)) + 1 :]
+    if tail and tail[0] in special and not special.intersection(tail[1:]):
+        ends.add(tail[0])
+    return [token or (at > 0 and trained[at - 1] and ids[at] in ends) for at, token in enumerate(trained)]
 
 
 def _by_incremental_rendering(example: Conversation, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -36,10 +36,10 @@ class Suite:
         self.text_batch_size = recipe.train.micro_batch_size
         self.generation_batch_size = recipe.retention.generation_batch_size
         self.tasks = prepare_tasks(recipe, tokenizer)
+        self.base: dict[str, float] = {}  # scores of step 0
 
     def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
         """Run every task, write retention/step-….json, its items and samples/, and return the content of the former."""
-        base = None if step == 0 else json.loads((self.folder / f"{_file_name(0)}.json").read_text())["tasks"]
         engine.eval()
         results = {}
         for prepared in self.tasks:
@@ -49,14 +49,26 @@ class Suite:
             if dist.get_rank() == 0:
                 self._write_items(prepared, step, items)
         engine.train()
+        self._know_base(step, results)
         for name, result in results.items():
-            result["base"] = base[name]["score"] if base else result["score"]
+            result["base"] = self.base[name]
             worse = result["base"] - result["score"] if result["higher_is_better"] else result["score"] - result["base"]
             result["drop"] = worse
         report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
         if dist.get_rank() == 0:
             _write_json(self.folder / f"{_file_name(step)}.json", report)
         return report
+
+    def _know_base(self, step: int, results: dict[str, Any]) -> None:
+        """The scores of step 0: these, those known, or after a resume those that rank 0 reads. All ranks together."""
+        if step == 0:
+            self.base = {name: result["score"] for name, result in results.items()}
+        elif not self.base:
+            found: list[Any] = [None]
+            if dist.get_rank() == 0:
+                found = [json.loads((self.folder / f"{_file_name(0)}.json").read_text())["tasks"]]
+            dist.broadcast_object_list(found, src=0)
+            self.base = {name: task["score"] for name, task in found[0].items()}
 
     def _write_items(self, prepared: Prepared, step: int, items: list[dict[str, Any]]) -> None:
         lines = [
