@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
@@ -30,6 +31,23 @@ def main() -> int:
     )
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
 
+    verb = verbs.add_parser(
+        "prepare",
+        usage="[mpirun -np N] fullft prepare RECIPE.yaml [key.path=value ...] [--workers N]",
+        help="tokenize and pack the training data before GPUs are asked for; under mpirun on all its hosts",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: its cores)")
+
+    verb = verbs.add_parser(
+        "inspect",
+        usage="fullft inspect RECIPE.yaml [key.path=value ...] [--rows N] [--html FILE]",
+        help="show the training data as the model sees it, and what is odd about it",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--rows", type=int, default=3, metavar="N", help="documents of each set shown (default 3)")
+    verb.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
+
     verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
     verb.add_argument("run_dir", type=Path)
 
@@ -38,10 +56,15 @@ def main() -> int:
     overrides = [word for word in sys.argv[1:] if is_override(word)]
     arguments = parser.parse_args([word for word in sys.argv[1:] if not is_override(word)])
     try:
-        if arguments.verb == "check":
-            check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
-        else:
-            report(arguments.run_dir)
+        match arguments.verb:
+            case "check":
+                check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+            case "prepare":
+                prepare(arguments.recipe, overrides, arguments.workers)
+            case "inspect":
+                inspect(arguments.recipe, overrides, arguments.rows, arguments.html)
+            case _:
+                report(arguments.run_dir)
     except BadInput as error:
         print(error.report(), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
@@ -60,15 +83,54 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
         raise BadInput(f"--world-size: {world_size} is not a number of ranks")
     # This may be a login node without GPU: what is asked is about the GPUs, unless CPU ranks are wanted.
     inputs = preflight(recipe, world_size, on_gpu=os.environ.get("DS_ACCELERATOR") != "cpu")
-    plan, data = inputs.plan, inputs.documents.summary
+    plan = inputs.plan
     print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
-    print("data     " + ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in data.items() if value))
+    for line in inputs.batches.describe(inputs.total_steps):
+        print(f"data     {line}")
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
     for warning in inputs.warnings:
         print(f"warning  {warning}")
     print("ok")
+
+
+def prepare(path: str, overrides: list[str], workers: int | None) -> None:
+    """Fill the cache. Under mpirun, rank 0 hands the pieces out and the other ranks, on any host, tokenize them."""
+    recipe = load_recipe(path, overrides)
+    if workers is not None and workers < 1:
+        raise BadInput(f"--workers: {workers} is not a number of processes")
+    from fullft.data.prepare import worker_processes
+    from fullft.engine import geometry
+    from fullft.model import load_tokenizer
+    from fullft.preflight import build_batches, open_data
+
+    with worker_processes(workers) as executor:
+        if executor is None:
+            return  # this MPI rank has worked until rank 0 was done
+        started = time.monotonic()
+        sets, warnings = open_data(recipe, load_tokenizer(recipe.model), executor)
+        batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
+        for line in [*batches.describe(steps), *(f"warning: {warning}" for warning in warnings)]:
+            print(line)
+        print(f"ready in {recipe.cache_folder} after {time.monotonic() - started:.1f} s")
+
+
+def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> None:
+    """Rows with their trained tokens, lengths, duplicates, leaks, trouble."""
+    recipe = load_recipe(path, overrides)
+    from fullft.data.inspect import show, write_html
+    from fullft.engine import geometry
+    from fullft.model import load_tokenizer
+    from fullft.preflight import build_batches, open_data
+
+    tokenizer = load_tokenizer(recipe.model)
+    sets, warnings = open_data(recipe, tokenizer)
+    batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
+    show(batches, steps, tokenizer, warnings, rows)
+    if html:
+        write_html(batches, steps, tokenizer, warnings, rows, html)
+        print(f"\n{html}")
 
 
 def report(run_dir: Path) -> None:

@@ -47,7 +47,10 @@ def _known_fields(fields: dict[str, str]) -> dict[str, str]:
     return fields
 
 
-ROW_FIELDS = ("messages", "tools", "prompt", "completion", "instruction", "input", "output", "system", "text")
+ROW_FIELDS = (
+    "messages", "conversations", "tools", "prompt", "completion", "instruction", "input", "output", "system", "text",
+    "input_ids", "labels",
+)  # fmt: skip
 
 
 class Source(Section):
@@ -56,13 +59,35 @@ class Source(Section):
     path: str = Field(description=".jsonl, .json or .parquet file, a glob of them, an Arrow folder, or a hub name")
     split: str = Field("train", description="split of an Arrow folder or hub data set")
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "text"] = Field(
-        "auto", description="shape of a row"
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
+        "auto", description="shape of a row; auto: told by its fields"
     )
     fields: Annotated[dict[str, str], AfterValidator(_known_fields)] = Field(
         {}, description="our field name: name of the column in the data, e.g. {output: answer}"
     )
     limit: int | None = Field(None, ge=1, description="take only the first rows")
+
+
+class TrainingSource(Source):
+    """A data set to train on, and how much of the run it is: without weight and fraction every row once an epoch."""
+
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_.-]+$", description="stands in logs and metrics; default: from the path"
+    )
+    weight: float | None = Field(
+        None, gt=0, description="how often its rows are seen in an epoch (default 1); 0.5: half of them"
+    )
+    fraction: float | None = Field(None, gt=0, lt=1, description="share of all tokens of the run, instead of a weight")
+    max_epochs: float | None = Field(
+        None, gt=0, description="most passes over it in the run, the rest of its share goes to the other sets; "
+        "default: repeated as often as its share needs"
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _one_share(self) -> TrainingSource:
+        if self.weight is not None and self.fraction is not None:
+            raise ValueError("give weight (per epoch) or fraction (of all tokens), not both")
+        return self
 
 
 def _as_source(value: Any) -> Any:
@@ -75,21 +100,60 @@ def _as_list(value: Any) -> Any:
 
 SourceLike = Annotated[Source, BeforeValidator(_as_source)]
 Sources = Annotated[list[SourceLike], BeforeValidator(_as_list)]
+TrainingSources = Annotated[list[Annotated[TrainingSource, BeforeValidator(_as_source)]], BeforeValidator(_as_list)]
 
 
 class Data(Section):
-    train: Sources = Field(min_length=1, description="training sets")
+    train: TrainingSources = Field(min_length=1, description="training sets")
+    replay: TrainingSources = Field(
+        [], description="general data mixed in against forgetting; each has a fraction of all tokens"
+    )
     validation: Sources = Field([], description="held-out rows of the new task; their loss is logged as eval/loss")
     sequence_length: int = Field(2048, ge=8, description="tokens of one sequence (one packed bin or one row)")
     packing: bool = Field(True, description="fill sequences with several documents; attention never crosses documents")
-    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens of chat rows carry loss")
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="which turns of chat rows carry loss; weight or train flags of messages narrow it"
+    )
     on_bad_row: Literal["error", "skip"] = Field(
         "error", description="rows that cannot be used: stop, or skip and count"
     )
     on_too_long: Literal["error", "drop", "truncate", "split"] = Field(
         "error", description="rows above sequence_length: stop, drop, cut the end, or split into several documents"
     )
+    on_leak: Literal["warn", "drop", "error"] = Field(
+        "warn", description="training rows that stand in validation or a task's data: tell, leave out, or stop"
+    )
+    on_missing_cache: Literal["prepare", "error"] = Field(
+        "prepare", description="a launch without prepared data: one process prepares, or ask for `fullft prepare`"
+    )
     cache_dir: str | None = Field(None, description="tokenized data; default: `cache` beside the run folder")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Data:
+        problems = [f"replay.{at}: needs a fraction" for at, one in enumerate(self.replay) if one.fraction is None]
+        fractions = [one.fraction or 0 for one in self.training_sets]
+        if sum(fractions) > 1 + 1e-9 or (sum(fractions) > 1 - 1e-9 and not all(fractions)):
+            problems.append(f"the fractions of train and replay sum to {sum(fractions):g}: none is left for the rest")
+        elif all(fractions) and abs(sum(fractions) - 1) > 1e-9:
+            problems.append(f"every set has a fraction, and they sum to {sum(fractions):g} instead of 1")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def training_sets(self) -> list[TrainingSource]:
+        return [*self.train, *self.replay]
+
+    @property
+    def names(self) -> list[str]:
+        """A name of each training set, no two the same."""
+        names: list[str] = []
+        for source in self.training_sets:
+            path = Path(source.path)
+            plain = source.name or re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem if path.suffix else path.name) or "data"
+            twins = sum(name == plain or name.startswith(f"{plain}#") for name in names)
+            names.append(f"{plain}#{twins + 1}" if twins else plain)
+        return names
 
 
 class Train(Section):
@@ -220,7 +284,8 @@ class Recipe(Section):
 
 # What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
 _MAY_CHANGE_ON_RESUME = (
-    "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "train.micro_batch_size",
+    "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
+    "train.micro_batch_size",
     "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size",
     "retention.every_steps",
     "model.trust_remote_code",

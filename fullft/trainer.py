@@ -16,14 +16,13 @@ import torch.distributed as dist
 from fullft import checkpoint, model
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
-from fullft.data.formats import source_files
 from fullft.engine import offloads_optimizer, start
 from fullft.errors import BadInput, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
-from fullft.recipe import Recipe, Source, fingerprint
+from fullft.recipe import Recipe, fingerprint
 from fullft.retention.report import model_card, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
 from fullft.tracking import Tracker
@@ -72,11 +71,11 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         seconds = time.perf_counter() - started
         row = {
             "train/global_step": step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
-            "train/learning_rate": rate, "train/epoch": step * recipe.train.global_batch_size / len(inputs.batches),
-            "train/tokens": tokens_seen, "train/trained_tokens_of_step": labels_of_step, "time/step_seconds": seconds,
+            "train/learning_rate": rate, "train/epoch": inputs.batches.epochs(step), "train/tokens": tokens_seen,
+            "train/trained_tokens_of_step": labels_of_step, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | memory_metrics()  # fmt: skip
+        } | memory_metrics() | inputs.batches.account(step - 1)  # fmt: skip
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         evaluated = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
@@ -86,7 +85,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             tracker.log(step, row, show)
         if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
             state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
-            state |= {"data": inputs.documents.fingerprint, "world_size": cluster.world_size}
+            state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
             checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
 
     finish(recipe, cluster, inputs, engine, tracker)
@@ -116,7 +115,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
 
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
-    if resumed and resumed["data"] != inputs.documents.fingerprint:
+    if resumed and resumed["data"] != inputs.batches.fingerprint:
         raise BadInput(
             f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
         )
@@ -174,10 +173,7 @@ def stop_at_non_finite(
     losses: list[Any] = [None] * cluster.world_size
     dist.all_gather_object(losses, float(loss_sum))
     if cluster.is_main:
-        rows = [
-            {"file": _file_of(recipe.data.train[row["source"]], row["file"]), "row": row["row"]}
-            for row in inputs.batches.rows_of_step(step)
-        ]
+        rows = inputs.batches.rows_of_step(step)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     broken = [str(rank) for rank, value in enumerate(losses) if not math.isfinite(value)]
     what = (
@@ -194,11 +190,6 @@ def stop_at_non_finite(
         print(f"fullft: training stopped at {message}", file=sys.stderr, flush=True)
     dist.barrier()  # the first rank to end takes the others with it, so all must have written before
     raise TrainingStopped(message)
-
-
-def _file_of(source: Source, number: int) -> str:
-    """The file of a row; a folder or hub name is read as one."""
-    return source.path if Path(source.path).is_dir() else str([*source_files(source), source.path][number])
 
 
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
@@ -256,15 +247,11 @@ def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
 
 def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int) -> list[str]:
-    data, plan = inputs.documents.summary, inputs.plan
-    lost = ("bad_rows", "too_long_rows", "tokens_cut", "documents_without_trained_tokens")
-    losses = [f"{data[name]:,} {name.replace('_', ' ')}" for name in lost if data.get(name)]
+    plan = inputs.plan
     return [
         f"model  {inputs.facts.architecture}, {trainable:,} parameters, all trainable, {model.precision(recipe)}; "
         f"ZeRO-3 over {cluster.world_size} ranks",
-        f"data   {data['rows']:,} rows, {data['documents']:,} documents, {data['tokens']:,} tokens, "
-        f"{data['trained_tokens']:,} of them trained on; {plan['sequences']:,} sequences of up to "
-        f"{recipe.data.sequence_length} tokens" + "".join(f"; {loss}" for loss in losses),
+        *(f"data   {line}" for line in inputs.batches.describe(inputs.total_steps)),
         f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
         f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
         f"run    {recipe.run_folder}",

@@ -68,7 +68,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def test_a_good_recipe_passes(recipe: dict[str, Any]) -> None:
     inputs = preflight(parse_recipe(recipe), 2)
     assert inputs.total_steps == 4
-    assert inputs.documents.summary["documents"] == 40
+    assert inputs.batches.sets[0].summary["documents"] == 40
 
 
 USES: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -173,10 +173,10 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ("[" * 20_000, "not valid JSON"),
     ([1, 2], "is a list, not an object"),
     ("null", "not an object"),
-    ({}, "has fields none; expected messages, prompt + completion, instruction + output, or text"),
+    ({}, "has fields none; expected messages, conversations, prompt + completion, instruction + output, "),
     ({"question": "1?", "answer": "one"}, "has fields 'question', 'answer'; expected messages, "),
     ({"messages": None}, "has fields 'messages'; expected"),
-    ({"prompt": "1?"}, "expected messages, prompt + completion"),
+    ({"prompt": "1?"}, "expected messages, conversations, prompt + completion"),
     ({"instruction": "1?", "output": 3}, "'output' must be text"),
     ({"text": ""}, "'text' is not a text or is empty"),
     ({"text": 3}, "'text' is not a text"),
@@ -187,11 +187,11 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": []}, "not a list of messages, or is empty"),
     ({"messages": ["hi"]}, "message 1 has no 'role'"),
     ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 has no 'role'"),
-    (messages("human", "gpt"), "message 1 has role 'human'; roles are system, developer, user, assistant, tool"),
+    (messages("narrator", "gpt"), "message 1 has role 'narrator'; roles are system, developer, user, assistant, tool"),
     (message(), "message 2 (assistant) has no 'content'"),
     (message(content=3), "message 2"),
     (message(content={"text": "one"}), "message 2"),
-    (message(content=[{"type": "text", "value": "one"}]), "message 2"),
+    (message(content=[{"type": "image_url"}]), "message 2: a part of its content is 'image_url'; only text"),
     (message(content="one") | {"tools": "not json"}, "tools"),
     (messages("user"), "no assistant message to train on"),
     (messages("assistant"), "wrong role order: message 1 is 'assistant' after the start"),
@@ -212,9 +212,11 @@ def test_a_row_that_cannot_be_used_is_told_with_file_row_reason_and_advice(
     assert count == "1 of 4 rows cannot be used; mend them, or leave them out with data.on_bad_row=skip"
     assert named.startswith(f"{file} row 3: ")
     assert reason in named
-    kept = preflight(parse_recipe(changed, ["data.on_bad_row=skip"]), 2).documents
+    inputs = preflight(parse_recipe(changed, ["data.on_bad_row=skip"]), 2)
+    kept = inputs.batches.sets[0].tokens
     assert kept.summary["bad_rows"] == 1
-    assert list(kept.rows["row"]) == [1, 2, 4]
+    assert list(kept.documents["row"]) == [1, 2, 4]
+    assert any("1 rows that cannot be used are skipped" in warning for warning in inputs.warnings)
 
 
 def test_a_line_that_is_not_utf8_is_told_with_its_row(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -323,7 +325,7 @@ def test_nothing_left_to_train_on_when_the_template_drops_the_answers(recipe: di
 def test_nothing_left_to_train_on_when_all_answers_are_cut_off(recipe: dict[str, Any], how: str) -> None:
     changed, _ = with_rows(recipe, [chat("words " * 100, "!")] * 3, sequence_length=32, on_too_long=how)
     if how == "split":  # the last piece holds the answer
-        assert preflight(parse_recipe(changed), 2).documents.summary["documents"] == 3
+        assert preflight(parse_recipe(changed), 2).batches.sets[0].summary["documents"] == 3
         return
     said = problem(changed)
     assert "nothing left to train on" in said
@@ -333,7 +335,8 @@ def test_nothing_left_to_train_on_when_all_answers_are_cut_off(recipe: dict[str,
 
 def test_rows_above_the_limit_are_counted_with_the_longest_and_the_choices(recipe: dict[str, Any]) -> None:
     changed, _ = with_rows(recipe, [chat("1?", "one"), chat("2?", "two " * 90), chat("3?", "three " * 90)])
-    lengths = preflight(parse_recipe(changed, ["data.sequence_length=512"]), 2).documents.rows["length"]
+    inputs = preflight(parse_recipe(changed, ["data.sequence_length=512"]), 2)
+    lengths = list(inputs.batches.sets[0].tokens.documents["length"])
     said = problem(changed, "data.sequence_length=100")
     assert said.startswith("data.sequence_length: 2 of 3 rows have more than 100 tokens")
     assert f"the longest {max(lengths)}" in said
@@ -355,7 +358,7 @@ def test_chats_without_a_chat_template_are_refused_and_texts_are_not(recipe: dic
     assert "no chat template" in said
     assert "chat_template.jinja" in said
     changed, _ = with_rows(recipe, [{"text": "plain"}, {"prompt": "1?", "completion": " one"}])
-    assert preflight(parse_recipe(changed), 2).documents.summary["documents"] == 2
+    assert preflight(parse_recipe(changed), 2).batches.sets[0].summary["documents"] == 2
 
 
 def test_a_row_that_the_chat_template_refuses_is_told_with_its_words(recipe: dict[str, Any], own_model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -10,23 +11,27 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy
 import pytest
 from conftest import TEXTS, chat, chats, write_jsonl
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data.batches import Batches, Geometry
-from fullft.data.cache import Documents, open_or_prepare
+from fullft.data.cache import open_sets
 from fullft.data.formats import BadRow, Conversation, Text
+from fullft.data.mixture import mix
 from fullft.data.packing import pack
+from fullft.data.sequences import Sequences, open_sequences
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
-from fullft.recipe import Data
+from fullft.recipe import Data, TrainingSource
 
 BOS, END = "<|endoftext|>", "<|im_end|>"
 
@@ -50,6 +55,34 @@ def without_marks(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Found:
+    """Prepared and packed sets. `rows`: their documents after cutting to length, in order."""
+
+    sets: list[Sequences]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for number, one in enumerate(self.sets):
+            for start, document, length in sorted(one.slices.tolist()):
+                ids, trained = one.tokens.read(start, length)
+                row = {"input_ids": ids.tolist(), "trained": [False, *trained[1:].tolist()], "length": length}
+                rows.append(row | {"source": number, "row": one.tokens.place(document)[1]})
+        return rows
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Of all sets together; counts of 0 left out."""
+        totals: Counter[str] = Counter()
+        for one in self.sets:
+            counts = one.tokens.summary | one.summary
+            totals.update({name: value for name, value in counts.items() if isinstance(value, int)})
+        return {name: value for name, value in totals.items() if value} | {
+            "first_bad_rows": [line for one in self.sets for line in one.tokens.summary["first_bad_rows"]]
+        }
+
+
 class Prepare:
     """prepare(train, **settings of the section data): the documents, from a cache of this test."""
 
@@ -57,9 +90,9 @@ class Prepare:
         self.tokenizer = tokenizer
         self.cache = cache
 
-    def __call__(self, train: Any, **settings: Any) -> Documents:
+    def __call__(self, train: Any, **settings: Any) -> Found:
         data = Data.model_validate({"train": train, "sequence_length": 512} | settings)
-        return open_or_prepare(data.train, data, self.tokenizer, self.cache)
+        return Found([open_sequences(one, data) for one in open_sets(data, self.tokenizer, self.cache)])
 
     def refusal(self, train: Any, **settings: Any) -> list[str]:
         with pytest.raises(BadInput) as caught:
@@ -68,7 +101,7 @@ class Prepare:
 
     def prepared(self) -> dict[str, int]:
         """What the cache holds, and when each part of it was written."""
-        return {file.parent.name: file.stat().st_mtime_ns for file in self.cache.glob("*/rows.arrow")}
+        return {file.parent.name: file.stat().st_mtime_ns for file in self.cache.glob("*/documents.npy")}
 
 
 @pytest.fixture
@@ -76,11 +109,11 @@ def prepare(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Prepare:
     return Prepare(tokenizer, tmp_path / "cache")
 
 
-def tokens_of(documents: Documents) -> list[tuple[list[int], list[bool]]]:
+def tokens_of(documents: Found) -> list[tuple[list[int], list[bool]]]:
     return [(row["input_ids"], row["trained"]) for row in documents.rows]
 
 
-def places_of(documents: Documents) -> list[tuple[int, int]]:
+def places_of(documents: Found) -> list[tuple[int, int]]:
     return [(row["source"], row["row"]) for row in documents.rows]
 
 
@@ -315,7 +348,7 @@ def test_every_assistant_turn_is_trained(either_tokenizer: PreTrainedTokenizerBa
 
 
 ANSWERS = [
-    "plain", " leading space", "\nleading line", "trailing space ", "trailing line\n", "  ", "ä 日本語 😀", "😀",
+    "plain", " leading space", "\nleading line", "trailing space ", "trailing line\n", "ä 日本語 😀", "😀",
     "a\n\n\nb", "def f(x):\n        return  x\n", f"quotes {END} itself", "<|im_start|>assistant\nquoted", "1\t2",
 ]  # fmt: skip
 
@@ -326,8 +359,8 @@ def test_answers_of_any_characters_are_trained_whole(either_tokenizer: PreTraine
     assert trained_text(either_tokenizer, tokens) == f"{answer}{END}" * 2
 
 
-@pytest.mark.parametrize("answer", ["", *ANSWERS])
-def test_marks_and_incremental_rendering_agree(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_marks_and_placeholders_agree(tokenizer: PreTrainedTokenizerBase, answer: str) -> None:
     conversation = turns("1?", answer, "2?", "two", answer, "three", system="S")
     marked = tokenize(conversation, tokenizer, "assistant")
     assert tokenize(conversation, without_marks(tokenizer), "assistant") == marked
@@ -374,12 +407,47 @@ def test_the_end_of_turn_is_trained_where_the_template_closes_its_mark_before_it
     assert tokenize(Conversation(chat("Hi", "Hello there")["messages"] * 2), tokenizer, "assistant") == right
 
 
-def test_a_template_that_rewrites_earlier_turns_is_told_not_mistrained(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_empty_thinking_block_that_the_template_adds_is_not_trained(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = FORGETFUL
-    once = tokenize(turns("1?", "one"), tokenizer, "assistant")
-    assert trained_text(tokenizer, once) == f"<think></think>one{END}"
+    tokens = tokenize(turns("1?", "one", "2?", "two"), tokenizer, "assistant")
+    assert trained_text(tokenizer, tokens) == f"one{END}two{END}"
+    assert "<think></think>two" in tokenizer.decode(tokens.ids)
+
+
+def test_a_template_whose_turns_cannot_be_told_apart_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Here the number of turns stands before each of them, and a long turn is only written in part."""
+    tokenizer.chat_template = """{%- for message in messages %}
+    {{- '<|im_start|>' + message['role'] + ' of ' + (messages | length) | string + '\n' }}
+    {{- message['content'][:2] + '<|im_end|>\n' }}{%- endfor %}"""
     with pytest.raises(BadRow, match=r"message 2 is rendered differently.*data\.train_on=all"):
         tokenize(turns("1?", "one", "2?", "two"), tokenizer, "assistant")
+
+
+def test_the_last_answer_alone_is_trained_on_request(either_tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenize(turns("1?", "one", "2?", "two"), either_tokenizer, "last_assistant")
+    assert trained_text(either_tokenizer, tokens) == f"two{END}"
+
+
+@pytest.mark.parametrize("flag", ["weight", "loss_weight", "train", "training", "trainable"])
+def test_messages_say_themselves_whether_they_are_trained(
+    either_tokenizer: PreTrainedTokenizerBase, prepare: Prepare, tmp_path: Path, flag: str
+) -> None:
+    prepare.tokenizer = either_tokenizer
+    messages = turns("1?", "one", "2?", "two", "3?", "three").messages
+    messages[1][flag], messages[3][flag] = 0, True
+    rows = [{"messages": messages}, {"messages": [{**messages[0], flag: 1.0}, {**messages[1], flag: 1.0}]}]
+    first, second = prepare(str(write_jsonl(tmp_path / "a.jsonl", rows))).rows
+    assert trained_text(either_tokenizer, Tokens(first["input_ids"], first["trained"])) == f"two{END}three{END}"
+    assert trained_text(either_tokenizer, Tokens(second["input_ids"], second["trained"])) == f"1?{END}one{END}"
+
+
+def test_flags_that_are_neither_0_nor_1_or_leave_nothing_are_told(prepare: Prepare, tmp_path: Path) -> None:
+    half, none = chat("1?", "one"), chat("2?", "two")
+    half["messages"][1]["weight"] = 0.5
+    none["messages"][1]["weight"] = 0
+    _, first, second = prepare.refusal(str(write_jsonl(tmp_path / "a.jsonl", [half, none, chat("3?", "three")])))
+    assert "message 2 has weight 0.5" in first
+    assert "no message of it is to be trained" in second
 
 
 def test_plain_text_is_trained_from_its_second_token_to_the_end_token(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -415,7 +483,7 @@ def test_special_tokens_are_not_doubled_with_a_tokenizer_that_adds_them(tokenize
 
 def lengths_of(prepare: Prepare, rows: list[dict[str, Any]], folder: Path) -> list[int]:
     """Tokens of each row when nothing is too long."""
-    return list(prepare(str(write_jsonl(folder / "any.jsonl", rows)), sequence_length=10_000).rows["length"])
+    return [row["length"] for row in prepare(str(write_jsonl(folder / "any.jsonl", rows)), sequence_length=10_000).rows]
 
 
 LONG = [chat("1?", "one"), chat("2?", "two " * 60), chat("words " * 60, "3"), chat("4?", "four")]
@@ -424,7 +492,7 @@ LONG = [chat("1?", "one"), chat("2?", "two " * 60), chat("words " * 60, "3"), ch
 def test_rows_at_the_limit_fit(prepare: Prepare, tmp_path: Path) -> None:
     longest = max(lengths_of(prepare, LONG, tmp_path))
     found = prepare(str(write_jsonl(tmp_path / "a.jsonl", LONG)), sequence_length=longest)
-    assert max(found.rows["length"]) == longest
+    assert max(row["length"] for row in found.rows) == longest
     assert "too_long_rows" not in found.summary
 
 
@@ -479,29 +547,71 @@ def test_skipped_rows_are_counted_and_the_first_are_named(prepare: Prepare, tmp_
 # Packing and batches
 
 
+def packed(lengths: list[int], capacity: int) -> list[list[int]]:
+    order, starts = pack(numpy.array(lengths), capacity)
+    return [order[start:end].tolist() for start, end in itertools.pairwise(starts.tolist())]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_packing_puts_every_document_into_one_sequence_and_none_overflows(seed: int) -> None:
     draw = random.Random(seed)
     capacity = draw.choice([8, 100, 2048])
     lengths = [draw.randint(1, capacity) for _ in range(draw.choice([1, 2, 50, 500]))]
-    sequences = pack(lengths, capacity)
+    sequences = packed(lengths, capacity)
     assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
     assert all(0 < sum(lengths[index] for index in sequence) <= capacity for sequence in sequences)
-    assert pack(list(lengths), capacity) == sequences
+    assert packed(list(lengths), capacity) == sequences
     # Two sequences that fit into one would have been one.
     filled = sorted(sum(lengths[index] for index in sequence) for sequence in sequences)
     assert len(filled) == 1 or filled[0] + filled[1] > capacity
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_packing_needs_no_more_sequences_than_best_fit_decreasing_one_by_one(seed: int) -> None:
+    draw = random.Random(seed)
+    capacity, shortest = draw.choice([(512, 1), (2048, 100), (4096, 97)])
+    lengths = [min(capacity, shortest + int(draw.expovariate(1 / 120))) for _ in range(800)]
+    rooms: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [(room, at) for at, room in enumerate(rooms) if room >= length]
+        if fitting:
+            rooms[min(fitting)[1]] -= length
+        else:
+            rooms.append(capacity - length)
+    sequences = packed(lengths, capacity)
+    assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
+    assert len(sequences) <= len(rooms)
+
+
+@pytest.mark.parametrize("capacity", [4096, 8192])
+@pytest.mark.parametrize("shape", ["many short, few long", "none short", "half as long as a sequence and longer"])
+def test_sequences_are_full(capacity: int, shape: str) -> None:
+    draw = numpy.random.default_rng(0)
+    lengths = {
+        "many short, few long": numpy.exp(draw.normal(5.5, 1, 100_000)),
+        "none short": 97 + draw.gamma(2, 60, 100_000),
+        "half as long as a sequence and longer": draw.beta(2, 3, 50_000) * capacity,
+    }[shape]
+    lengths = lengths.clip(8, capacity).astype(numpy.int32)
+    _, starts = pack(lengths, capacity)
+    assert lengths.sum() / (capacity * (len(starts) - 1)) > 0.995
+
+
 @pytest.fixture
-def documents(prepare: Prepare, tmp_path: Path) -> Documents:
+def documents(prepare: Prepare, tmp_path: Path) -> Found:
     return prepare(str(write_jsonl(tmp_path / "train.jsonl", [*chats(30), *({"text": text} for text in TEXTS)])))
 
 
-def batches(
-    documents: Documents, packing: bool, world: int = 1, micro: int = 1, size: int = 4, seed: int = 0
-) -> Batches:
-    return Batches(documents, 128, packing, Geometry(size, micro, size // (micro * world), world, seed))
+def batches(documents: Found, packing: bool, world: int = 1, micro: int = 1, size: int = 4, seed: int = 0) -> Batches:
+    geometry = Geometry(size, micro, size // (micro * world), world, seed)
+    sets = [open_sequences(one.tokens, settings(packing=packing)) for one in documents.sets]
+    sources = [TrainingSource(path="x")] * len(sets)
+    mixture = mix(sources, ["x"] * len(sets), [(len(one), one.summary["tokens"]) for one in sets], 1.0, None)
+    return Batches(sets, mixture, 128 if packing else None, geometry)
+
+
+def settings(**changes: Any) -> Data:
+    return Data.model_validate({"train": "x", "sequence_length": 128} | changes)
 
 
 def sequences_of_step(which: Batches, step: int) -> list[tuple[tuple[int, int, int], ...]]:
@@ -526,33 +636,34 @@ def sequences_of_step(which: Batches, step: int) -> list[tuple[tuple[int, int, i
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("world", "micro"), [(1, 2), (1, 4), (2, 1), (2, 2), (4, 1)])
 def test_a_step_has_the_same_sequences_however_it_is_shared(
-    documents: Documents, packing: bool, world: int, micro: int
+    documents: Found, packing: bool, world: int, micro: int
 ) -> None:
     alone, shared = batches(documents, packing), batches(documents, packing, world, micro)
     for step in range(20):  # over the border of an epoch
         assert sequences_of_step(shared, step) == sequences_of_step(alone, step)
 
 
+def sequences_in_order(which: Batches, steps: int) -> list[tuple[int, int]]:
+    return [sequence for step in range(steps) for sequence in which.sequences_of_step(step)]
+
+
 @pytest.mark.parametrize("packing", [True, False])
-def test_each_epoch_has_each_sequence_once_in_its_own_order(documents: Documents, packing: bool) -> None:
+def test_each_epoch_has_each_sequence_once_in_its_own_order(documents: Found, packing: bool) -> None:
     which = batches(documents, packing, size=3)
-    count = len(which)
-    stream = [index for step in range(count) for index in which.sequence_indices(step)]  # 3 epochs
+    count = sum(map(len, which.sets))
+    stream = [index for _, index in sequences_in_order(which, count)]  # 3 epochs
     epochs = [stream[start : start + count] for start in range(0, 3 * count, count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert stream == [
-        index for step in range(count) for index in batches(documents, packing, size=3).sequence_indices(step)
-    ]
-    other = batches(documents, packing, size=3, seed=1)
-    assert stream != [index for step in range(count) for index in other.sequence_indices(step)]
+    again, other = (sequences_in_order(batches(documents, packing, size=3, seed=seed), count) for seed in (0, 1))
+    assert stream == [index for _, index in again] != [index for _, index in other]
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_documents_in_a_batch_are_apart_and_have_their_own_labels(documents: Documents, packing: bool) -> None:
+def test_documents_in_a_batch_are_apart_and_have_their_own_labels(documents: Found, packing: bool) -> None:
     which = batches(documents, packing, size=1)
     seen = []
-    for step in range(len(which)):
+    for step in range(len(which.sets[0])):
         (sequence,) = sequences_of_step(which, step)
         starts = [at for at, (_, position, _) in enumerate(sequence) if position == 0]
         for start, end in zip(starts, [*starts[1:], len(sequence)], strict=True):
@@ -562,21 +673,21 @@ def test_documents_in_a_batch_are_apart_and_have_their_own_labels(documents: Doc
             assert all(label in (IGNORE, following) for label, following in zip(labels, ids[1:], strict=False))
             seen.append((list(ids), [False] + [label != IGNORE for label in labels[:-1]]))
     assert sorted(seen) == sorted(tokens_of(documents))
-    assert packing == (len(which) < len(documents.rows))
+    assert packing == (len(which.sets[0]) < len(documents.rows))
 
 
 def test_a_training_set_smaller_than_the_global_batch_is_repeated(prepare: Prepare, tmp_path: Path) -> None:
     which = batches(prepare(str(write_jsonl(tmp_path / "a.jsonl", chats(3)))), packing=False, size=8)
-    times = Counter(which.sequence_indices(0))
-    assert times.keys() == {0, 1, 2}
+    times = Counter(which.sequences_of_step(0))
+    assert times.keys() == {(0, 0), (0, 1), (0, 2)}
     assert set(times.values()) == {2, 3}
 
 
-def test_the_rows_of_a_step_are_those_of_its_batches(documents: Documents) -> None:
+def test_the_rows_of_a_step_are_those_of_its_batches(documents: Found) -> None:
     which = batches(documents, packing=True)
-    by_place = {(row["source"], row["row"]): row["input_ids"] for row in documents.rows}
+    by_place = {row["row"]: row["input_ids"] for row in documents.rows}
     for step in (0, 5):
-        named = [by_place[row["source"], row["row"]] for row in which.rows_of_step(step)]
+        named = [by_place[row["row"]] for row in which.rows_of_step(step)]
         trained = [token for sequence in sequences_of_step(which, step) for token, _, _ in sequence]
         assert sorted(token for ids in named for token in ids) == sorted(trained)
 
@@ -586,26 +697,18 @@ def test_the_rows_of_a_step_are_those_of_its_batches(documents: Documents) -> No
 
 def test_unchanged_data_is_not_prepared_again_wherever_it_lies(prepare: Prepare, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", chats(5))
-    first = prepare(str(file))
+    first = tokens_of(prepare(str(file)))
     before = prepare.prepared()
     os.utime(file, (0, 0))
-    assert tokens_of(prepare(str(file))) == tokens_of(first)
+    assert tokens_of(prepare(str(file))) == first
     moved = file.rename(tmp_path / "moved.jsonl")
-    assert tokens_of(prepare({"path": str(moved)})) == tokens_of(first)
+    assert tokens_of(prepare({"path": str(moved)})) == first
     assert prepare.prepared() == before
     assert len(before) == 1
 
 
-CHANGES: dict[str, dict[str, Any]] = {
-    "sequence_length": {"sequence_length": 256},
-    "train_on": {"train_on": "all"},
-    "on_bad_row": {"on_bad_row": "skip"},
-    "on_too_long": {"on_too_long": "drop"},
-}
-
-
 @pytest.mark.parametrize(
-    "change", ["a letter", "limit", "format", "fields", "template", "end token", "tokenizer", *CHANGES]
+    "change", ["a letter", "limit", "format", "fields", "template", "end token", "tokenizer", "train_on"]
 )
 def test_whatever_changes_the_tokens_is_prepared_anew(
     prepare: Prepare, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, change: str
@@ -630,29 +733,50 @@ def test_whatever_changes_the_tokens_is_prepared_anew(
             tokenizer.eos_token = BOS
         case "tokenizer":
             tokenizer.add_tokens(["one"])
-    prepare(source, **CHANGES.get(change, {}))
+    prepare(source, train_on="all" if change == "train_on" else "assistant")
     assert len(prepare.prepared()) == 2
 
 
-def test_bad_data_leaves_nothing_in_the_cache_and_mended_data_is_prepared(prepare: Prepare, tmp_path: Path) -> None:
+def test_other_lengths_weights_and_ways_with_bad_rows_need_no_new_tokens(prepare: Prepare, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [*LONG, "{broken"])
+    prepare(str(file), on_bad_row="skip")
+    before = prepare.prepared()
+    prepare({"path": str(file), "weight": 3}, on_bad_row="skip", sequence_length=300, on_too_long="split")
+    prepare(str(file), on_bad_row="skip", sequence_length=64, on_too_long="drop", packing=False)
+    assert prepare.refusal(str(file), on_bad_row="error")
+    assert prepare.refusal(str(file), on_bad_row="skip", sequence_length=64)
+    assert prepare.prepared() == before
+
+
+def test_bad_data_are_refused_each_time_and_mended_data_are_prepared(prepare: Prepare, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", [chat("1?", "one"), "{broken"])
-    assert prepare.refusal(str(file))
-    assert prepare.refusal(str(file))
-    assert prepare.prepared() == {}
+    assert prepare.refusal(str(file)) == prepare.refusal(str(file))
     write_jsonl(file, [chat("1?", "one")])
     assert len(prepare(str(file)).rows) == 1
+
+
+@pytest.mark.parametrize("harm", ["cut short", "gone"])
+def test_a_cache_that_lost_a_part_is_made_anew(prepare: Prepare, tmp_path: Path, harm: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", chats(20))
+    first = tokens_of(prepare(str(file)))
+    (part,) = prepare.cache.glob("*/part-00000.tokens")
+    if harm == "gone":
+        part.unlink()
+    else:
+        os.truncate(part, part.stat().st_size - 4)
+    assert tokens_of(prepare(str(file))) == first
 
 
 PREPARE = """
 import os, signal, sys, time
 from pathlib import Path
 from transformers import AutoTokenizer
-from fullft.data import cache
+from fullft.data import cache, prepare
 from fullft.recipe import Data
 
 model, file, folder, kill_at = sys.argv[1:]
 rows = 0
-tokenize = cache.tokenize
+tokenize = prepare.tokenize
 
 def counted(*arguments):
     global rows
@@ -662,13 +786,13 @@ def counted(*arguments):
     time.sleep(0.01)  # the other process comes while this one is at work
     return tokenize(*arguments)
 
-cache.tokenize = counted
+prepare.tokenize = counted
 data = Data(train=file)
 tokenizer = AutoTokenizer.from_pretrained(model)
 print("ready", flush=True)
 sys.stdin.readline()
-documents = cache.open_or_prepare(data.train, data, tokenizer, Path(folder))
-print(rows, len(documents.rows))
+(documents,) = cache.open_sets(data, tokenizer, Path(folder))
+print(rows, len(documents.documents))
 """
 
 
@@ -699,6 +823,6 @@ def test_a_killed_preparation_is_not_trusted_and_two_at_once_do_it_once(tiny_mod
     assert not list(cache.glob("*/summary.json"))
     printed = sorted(line.split() for line in let_go(one, other))
     assert printed == [["0", "50"], ["50", "50"]]  # rows tokenized, documents found
-    (summary,) = cache.glob("*/summary.json")
+    (summary,) = (file for file in cache.glob("*/summary.json") if not file.parent.suffix)
     assert json.loads(summary.read_text())["documents"] == 50
     assert not list(cache.glob("*.partial"))  # nor does it take room for ever

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from conftest import Launch, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fullft.data.batches import Batches, Geometry
-from fullft.data.cache import open_or_prepare
+from fullft.data.batches import Geometry
+from fullft.data.cache import open_sets
+from fullft.data.sequences import open_sequences
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+from fullft.preflight import build_batches
 from fullft.recipe import parse_recipe
 
 pytestmark = pytest.mark.ranks
@@ -31,9 +33,9 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> tuple[list[float], dic
     parsed = parse_recipe(recipe)
     train = parsed.train
     tokenizer = AutoTokenizer.from_pretrained(parsed.model.path)
-    documents = open_or_prepare(parsed.data.train, parsed.data, tokenizer, cache)
+    sets = [open_sequences(one, parsed.data) for one in open_sets(parsed.data, tokenizer, cache)]
     geometry = Geometry(train.global_batch_size, 1, train.global_batch_size, 1, train.seed)
-    order = Batches(documents, parsed.data.sequence_length, parsed.data.packing, geometry)
+    order, _ = build_batches(parsed, sets, geometry)
     model = AutoModelForCausalLM.from_pretrained(parsed.model.path, dtype=torch.float32)
     decayed = [p for p in model.parameters() if p.ndim == 2 and p is not model.get_input_embeddings().weight]
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
@@ -43,12 +45,16 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> tuple[list[float], dic
     )  # fmt: skip
     history = []
     for step in range(train.steps or 0):
-        rows = [documents.rows[i] for sequence in order.sequence_indices(step) for i in order.sequences[sequence]]
-        count = sum(sum(row["trained"]) for row in rows)
+        rows = [
+            sets[0].tokens.read(start, length)
+            for _, sequence in order.sequences_of_step(step)
+            for start, _, length in sets[0].slices[sets[0].starts[sequence] : sets[0].starts[sequence + 1]].tolist()
+        ]
+        count = sum(int(trained.sum()) for _, trained in rows)
         loss_sum = 0.0
-        for row in rows:
-            ids = torch.tensor([row["input_ids"]])
-            labels = torch.where(torch.tensor([row["trained"]]), ids, IGNORE)
+        for tokens, trained in rows:
+            ids = torch.from_numpy(tokens).long()[None]
+            labels = torch.where(torch.from_numpy(trained), ids, IGNORE)
             loss = (
                 F.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], ignore_index=IGNORE, reduction="sum") / count
             )

@@ -332,11 +332,12 @@ FREE = {
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
-    "model.trust_remote_code": "true", "retention.every_steps": "3",
+    "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",
 }  # fmt: skip
 FIXED = {
     "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
-    "data.packing": "false", "data.train_on": "all", "data.on_bad_row": "skip", "data.on_too_long": "drop",
+    "data.packing": "false", "data.on_leak": "drop", "data.train_on": "all", "data.on_bad_row": "skip",
+    "data.on_too_long": "drop",
     "train.epochs": "2", "train.steps": "3", "train.global_batch_size": "8", "train.learning_rate": "1e-4",
     "train.min_learning_rate": "1e-6", "train.schedule": "linear", "train.warmup_steps": "2",
     "train.weight_decay": "0.1", "train.no_decay": "[]", "train.beta1": "0.8", "train.beta2": "0.99",
@@ -346,7 +347,7 @@ FIXED = {
 
 
 def test_the_lists_of_free_and_fixed_keys_are_complete() -> None:
-    lists = ("data.train", "data.validation", "retention.tasks")
+    lists = ("data.train", "data.replay", "data.validation", "retention.tasks")
     rest = {key for key, _ in keys_of(Recipe) if not f"{key}.".startswith(tuple(f"{name}." for name in lists))}
     assert rest == FREE.keys() | FIXED.keys()
 
@@ -365,6 +366,8 @@ def test_a_key_that_decides_the_numbers_is_part_of_the_identity(key: str) -> Non
 def test_data_sets_and_tasks_are_part_of_the_identity() -> None:
     assert changed("data.train.1.path=c.jsonl") == {"data.train.1.path"}
     assert changed("data.train.0.fields={output: answer}")
+    assert changed("data.train.0.weight=2") == {"data.train.0.weight"}
+    assert changed(data=SMALLEST["data"] | {"replay": {"path": "r.jsonl", "fraction": 0.1}})
     assert changed(data=SMALLEST["data"] | {"validation": "v.jsonl"})
     assert changed(retention={"tasks": [{"name": "t", "kind": "text", "data": "x.jsonl"}]})
 

@@ -4,14 +4,17 @@ number of ranks sees the same global batches."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
+from numpy.typing import NDArray
 
-from fullft.data.cache import Documents
-from fullft.data.packing import pack
+from fullft.data.mixture import Mixture
+from fullft.data.sequences import Sequences
 from fullft.loss import IGNORE
 
 
@@ -47,63 +50,105 @@ class Geometry:
 
 
 class Batches:
-    """The sequences of a training set and the batches of each step."""
+    """The sequences of all training sets and the batches of each step."""
 
-    def __init__(self, documents: Documents, sequence_length: int, packing: bool, geometry: Geometry) -> None:
-        self.documents = documents.rows
-        self.sequence_length = sequence_length
+    def __init__(self, sets: Sequence[Sequences], mixture: Mixture, width: int | None, geometry: Geometry) -> None:
+        """`width`: tokens of every sequence, padded; None: of the longest in its micro-batch."""
+        self.sets = sets
+        self.mixture = mixture
+        self.width = width
         self.geometry = geometry
-        lengths = list(self.documents["length"])
-        self.sequences = pack(lengths, sequence_length) if packing else [[index] for index in range(len(lengths))]
-        self.packing = packing
 
-    def __len__(self) -> int:
-        return len(self.sequences)
+    @property
+    def fingerprint(self) -> str:
+        """Of all tokens that can come, and how they are packed."""
+        parts = [(one.tokens.fingerprint, one.summary) for one in self.sets]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def epochs(self, steps: int) -> float:
+        """Passes over the training sets after that many steps."""
+        return steps * self.geometry.global_batch_size / self.mixture.epoch
 
     def of_step(self, step: int, rank: int) -> Iterator[Batch]:
         """The micro-batches of this rank in optimizer step `step` (from 0)."""
         size = self.geometry.micro_batch_size
-        indices = self.sequence_indices(step)
+        sequences = self.sequences_of_step(step)
         for micro_step in range(self.geometry.accumulation):
             first = (micro_step * self.geometry.world_size + rank) * size
-            yield self._collate([self.sequences[index] for index in indices[first : first + size]])
+            yield self._collate(sequences[first : first + size])
 
-    def sequence_indices(self, step: int) -> list[int]:
-        """The sequences of the global batch of a step, from an endless stream of shuffled epochs."""
-        first = step * self.geometry.global_batch_size
-        count = len(self.sequences)
-        positions = range(first, first + self.geometry.global_batch_size)
-        return [int(_permutation(count, self.geometry.seed, at // count)[at % count]) for at in positions]
+    def sequences_of_step(self, step: int) -> list[tuple[int, int]]:
+        """(set, sequence of it) of the global batch of a step, from endless streams of shuffled epochs."""
+        size, seed = self.geometry.global_batch_size, self.geometry.seed
+        which, before = self.mixture.at(step * size, size)
+        found = [
+            (of_set, int(_permutation(count := len(self.sets[of_set]), seed, at // count, of_set)[at % count]))
+            for of_set, at in zip(which.tolist(), before.tolist(), strict=True)
+        ]
+        if len(self.sets) > 1:  # else one rank might get all of one set, step after step
+            found = [found[at] for at in numpy.random.default_rng((seed, step)).permutation(size)]
+        return found
 
-    def rows_of_step(self, step: int) -> list[dict[str, int]]:
-        """Source, file of it and row number of every document in the global batch of a step."""
-        documents = [document for index in self.sequence_indices(step) for document in self.sequences[index]]
-        table = self.documents.select_columns(["source", "file", "row"])
-        return [table[index] for index in documents]
+    def rows_of_step(self, step: int) -> list[dict[str, Any]]:
+        """File and row number of every document in the global batch of a step."""
+        rows = []
+        for of_set, sequence in self.sequences_of_step(step):
+            one = self.sets[of_set]
+            for document in one.slices["document"][one.starts[sequence] : one.starts[sequence + 1]].tolist():
+                file, row = one.tokens.place(document)
+                rows.append({"file": file, "row": row})
+        return rows
 
-    def _collate(self, sequences: list[list[int]]) -> Batch:
-        rows = [[self.documents[index] for index in sequence] for sequence in sequences]
-        lengths = [sum(document["length"] for document in row) for row in rows]
-        width = self.sequence_length if self.packing else max(lengths)
-        columns = zip(*(_join(row, width) for row in rows), strict=True)
-        ids, positions, labels = (torch.tensor(column, dtype=torch.int64) for column in columns)
+    def describe(self, total_steps: int) -> list[str]:
+        """A line for each set: what it holds, and how much of the run it is."""
+        lines = []
+        seen = self.mixture.seen(total_steps * self.geometry.global_batch_size)
+        of_run = [epochs * one.summary["tokens"] for one, epochs in zip(self.sets, seen, strict=True)]
+        for one, epochs, tokens in zip(self.sets, seen, of_run, strict=True):
+            has = one.summary
+            lines.append(
+                f"{one.tokens.name}: {one.tokens.summary['rows']:,} rows, {has['documents']:,} documents, "
+                f"{has['tokens']:,} tokens ({has['trained_tokens']:,} trained on), {has['sequences']:,} sequences "
+                f"{has['fill']:.1%} full; {tokens / max(sum(of_run), 1):.1%} of the run's tokens, {epochs:.2f} epochs"
+            )
+        return lines
+
+    def account(self, step: int) -> dict[str, float]:
+        """What the global batch of a step holds of each set: tokens, and epochs of the set seen when it is done."""
+        tokens = [0] * len(self.sets)
+        for of_set, sequence in self.sequences_of_step(step):
+            tokens[of_set] += int(self.sets[of_set].lengths[sequence])
+        seen = self.mixture.seen((step + 1) * self.geometry.global_batch_size)
+        found: dict[str, float] = {}
+        for one, count, epochs in zip(self.sets, tokens, seen, strict=True):
+            found |= {f"data/{one.tokens.name}/tokens_of_step": count, f"data/{one.tokens.name}/epochs": epochs}
+        return found
+
+    def _collate(self, chosen: Sequence[tuple[int, int]]) -> Batch:
+        rows = [(self.sets[of_set], sequence) for of_set, sequence in chosen]
+        lengths = [int(one.lengths[sequence]) for one, sequence in rows]
+        width = self.width or max(lengths)
+        ids, positions, labels = (torch.zeros((len(rows), width), dtype=torch.int64) for _ in range(3))
+        labels.fill_(IGNORE)
+        for row, (one, sequence) in enumerate(rows):
+            end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
+            positions[row, end:] = torch.arange(width - end)
         return Batch(ids, positions, labels, sum(lengths))
 
 
-def _join(documents: list[dict[str, list[int]]], width: int) -> tuple[list[int], list[int], list[int]]:
-    """One sequence: ids, position ids and labels of length `width`."""
-    ids: list[int] = []
-    positions: list[int] = []
-    labels: list[int] = []
-    for document in documents:
-        tokens, trained = document["input_ids"], document["trained"]
-        ids += tokens
-        positions += range(len(tokens))
-        labels += [token if loss else IGNORE for token, loss in zip(tokens[1:], trained[1:], strict=True)] + [IGNORE]
-    room = width - len(ids)
-    return ids + [0] * room, positions + list(range(room)), labels + [IGNORE] * room
+def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:
+    """Write the documents of a sequence into rows of a batch; returns where the padding begins."""
+    at = 0
+    for start, _, length in one.slices[one.starts[sequence] : one.starts[sequence + 1]].tolist():
+        tokens, trained = one.tokens.read(start, length)
+        ids[at : at + length] = tokens
+        positions[at : at + length] = numpy.arange(length)
+        labels[at : at + length - 1] = numpy.where(trained[1:], tokens[1:], IGNORE)
+        at += length
+    return at
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> numpy.ndarray:
-    return numpy.random.default_rng((seed, epoch)).permutation(count)
+@functools.lru_cache(maxsize=16)
+def _permutation(count: int, seed: int, epoch: int, of_set: int) -> NDArray[numpy.int64]:
+    key = (seed, epoch, of_set) if of_set else (seed, epoch)
+    return numpy.random.default_rng(key).permutation(count)

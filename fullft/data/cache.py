@@ -1,240 +1,207 @@
-"""The tokenized rows of the data sets on disk: made once, then memory-mapped by every rank.
+"""The tokenized rows of each data set on disk: made once, then memory-mapped by every rank.
 
-A cache folder is named by a fingerprint of everything that its tokens depend on. It is written under another name and
-renamed when complete. One process prepares while the others wait on a file lock: no collective is open meanwhile, so
-no time-out of one can end the run.
+One folder a set, named by a fingerprint of everything that its tokens depend on, and of nothing else: length of
+sequences, packing, weights and what is done with bad rows are applied when the set is used, so changing them costs no
+new tokens. A folder is written under another name and renamed when it is complete.
+
+<cache>/<fingerprint>/
+  part-00000.tokens   int32 for each token: its id where it is trained, ~id where it is not
+  documents.npy       one `DOCUMENT` for each row that can be used
+  summary.json        what became of the rows; sizes of the parts
+  sequences-…/        documents packed into sequences of one length: see `batches.py`
+
+One process prepares while the others wait on a file lock: no collective is open meanwhile, so no time-out of one can
+end the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import filelock
-from datasets.arrow_writer import ArrowWriter
+import numpy
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.formats import BadRow, Conversation, Row, hub_dataset, parse_row, read_rows, source_files
-from fullft.data.tokens import Tokens, tokenize
+from fullft.data.sources import Scan, hub_dataset, pieces, read_by_datasets, scan_file, source_files
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
-_FORMAT = 2  # raise when the same input gives other tokens
-_SHOWN = 10  # bad rows shown by name
-
-_FEATURES = datasets.Features(
-    input_ids=datasets.List(datasets.Value("int32")),
-    trained=datasets.List(datasets.Value("bool")),
-    length=datasets.Value("int32"),
-    source=datasets.Value("int16"),
-    file=datasets.Value("int32"),  # which of the source's files, in order of their names
-    row=datasets.Value("int64"),
+_FORMAT = 3  # raise when the same input gives other tokens
+DOCUMENT = numpy.dtype(
+    [
+        ("start", "i8"),  # of its first token in the set
+        ("row", "i8"),  # number in its file, from 1
+        ("key", "u8"),  # of its normalised text
+        ("length", "i4"),  # tokens
+        ("trained", "i4"),  # tokens that are targets of the loss
+        ("file", "i4"),  # which of the source's files, in order of their names
+    ]
 )
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Tokenized rows; `rows[i]` has `_FEATURES`, `summary` counts what became of the data."""
+class TokenSet:
+    """A prepared data set. `documents`: [documents] `DOCUMENT`, memory-mapped."""
 
-    rows: datasets.Dataset
+    name: str
+    source: Source
+    folder: Path
     summary: dict[str, Any]
-    fingerprint: str
+    documents: NDArray[Any]
+    _parts: dict[int, NDArray[numpy.int32]] = field(default_factory=dict, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.folder.name
+
+    def read(self, start: int, length: int) -> tuple[NDArray[numpy.int32], NDArray[numpy.bool_]]:
+        """(ids, trained) of `length` tokens of one document from token `start` of the set."""
+        firsts = self.summary["part_starts"]
+        part = int(numpy.searchsorted(firsts, start, side="right")) - 1
+        if part not in self._parts:
+            self._parts[part] = numpy.memmap(self.folder / _part_name(part), numpy.int32, "r")
+        stored = self._parts[part][start - firsts[part] : start - firsts[part] + length]
+        trained = stored >= 0
+        return numpy.where(trained, stored, ~stored), trained
+
+    def place(self, document: int) -> tuple[str, int]:
+        """File and row number of a document."""
+        found = self.documents[document]
+        files = [] if read_by_datasets(self.source) else source_files(self.source)
+        return str([*files, self.source.path][int(found["file"]) if files else 0]), int(found["row"])
 
 
-def open_or_prepare(
-    sources: Sequence[Source], data: Data, tokenizer: PreTrainedTokenizerBase, cache_folder: Path
-) -> Documents:
-    """The tokenized rows of the sources, from the cache if it has them.
+def _part_name(number: int) -> str:
+    return f"part-{number:05}.tokens"
+
+
+def open_sets(
+    data: Data, tokenizer: PreTrainedTokenizerBase, cache_folder: Path, executor: Executor | None = None
+) -> list[TokenSet]:
+    """The prepared training sets (train, then replay), from the cache; what it lacks is prepared first.
+
+    Args:
+        executor: where the pieces are tokenized; None: processes on all cores of this machine.
 
     Raises:
-        BadInput: rows or files that cannot be used, all of them counted.
+        BadInput: a set cannot be read, or the cache lacks it and data.on_missing_cache is error.
     """
-    started = time.time()
-    folder = cache_folder / fingerprint(sources, data, tokenizer)
-    if not (folder / "summary.json").exists():
+    try:
+        cache_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"data.cache_dir: {cache_folder} cannot be made: {error}") from None
+    sets, problems = [], list[str]()
+    for name, source in zip(data.names, data.training_sets, strict=True):
         try:
-            cache_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"data.cache_dir: {cache_folder} cannot be made: {error}") from None
-        failure = folder.with_suffix(".failed")
-        with filelock.FileLock(folder.with_suffix(".lock")):
-            if failure.exists() and failure.stat().st_mtime >= started - 1:
-                raise BadInput(json.loads(failure.read_text()))  # another rank has just tried, on the same data
-            if not (folder / "summary.json").exists():
-                try:
-                    _prepare(sources, data, tokenizer, folder)
-                except BadInput as error:
-                    failure.write_text(json.dumps(error.problems))
-                    raise
-                failure.unlink(missing_ok=True)
-    rows = datasets.Dataset.from_file(str(folder / "rows.arrow"))
-    return Documents(rows, json.loads((folder / "summary.json").read_text()), folder.name)
+            sets.append(_open_set(name, source, data, tokenizer, cache_folder, executor))
+        except BadInput as error:
+            problems += error.problems
+    if problems:
+        raise BadInput(problems)
+    return sets
 
 
-def fingerprint(sources: Sequence[Source], data: Data, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of all that the tokens depend on: contents of files, tokenizer, template, settings. No path decides."""
-    settings = {name: getattr(data, name) for name in ("sequence_length", "train_on", "on_bad_row", "on_too_long")}
-    parts: list[Any] = [_FORMAT, settings, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    parts.append([tokenizer.bos_token, tokenizer.eos_token])
-    for source in sources:
-        files = source_files(source)
-        parts.append(source.model_dump(exclude={"path"}))
-        parts.append([_file_hash(file) for file in files] if files else hub_dataset(source)._fingerprint)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+def _open_set(
+    name: str, source: Source, data: Data, tokenizer: PreTrainedTokenizerBase, cache: Path, executor: Executor | None
+) -> TokenSet:
+    from fullft.data.prepare import write_tokens
+
+    scans = scans_of(source, cache)
+    folder = cache / fingerprint(source, scans, data.train_on, tokenizer)
+    if not is_complete(folder):
+        if data.on_missing_cache == "error" and executor is None:
+            raise BadInput(f"data set {name} is not prepared in {cache}: run `fullft prepare` with this recipe first")
+        with waiting(filelock.FileLock(folder.with_suffix(".lock")), f"data set {name} is prepared by another process"):
+            if not is_complete(folder):
+                write_tokens(name, source, pieces(source, scans), tokenizer, data.train_on, folder, executor)
+    summary = json.loads((folder / "summary.json").read_text())
+    # An array of no documents cannot be mapped.
+    mode: Any = "r" if summary["documents"] else None
+    return TokenSet(name, source, folder, summary, numpy.load(folder / "documents.npy", mmap_mode=mode))
 
 
-def _file_hash(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _prepare(sources: Sequence[Source], data: Data, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    partial = folder.with_suffix(".partial")  # the lock keeps others off it; what is there was left by a killed process
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+def is_complete(folder: Path) -> bool:
+    """Whether a prepared set is there whole: a folder that lost a part since is not trusted."""
     try:
-        counts = _Counts()
-        with ArrowWriter(features=_FEATURES, path=str(partial / "rows.arrow")) as writer:
-            for number, source in enumerate(sources):
-                files = {str(file): at for at, file in enumerate(source_files(source))}
-                for row in read_rows(source):
-                    for tokens in _documents_of(row, source, data, tokenizer, counts):
-                        counts.keep(tokens)
-                        writer.write(
-                            {
-                                "input_ids": tokens.ids, "trained": tokens.trained, "length": len(tokens),
-                                "source": number, "file": files.get(row.file, 0), "row": row.number,
-                            }
-                        )  # fmt: skip
-            counts.raise_problems(data)
-            writer.finalize()
-        (partial / "summary.json").write_text(json.dumps(counts.summary(), indent=1))
-        partial.rename(folder)
+        sizes = json.loads((folder / "summary.json").read_text())["part_bytes"]
+        return all((folder / _part_name(at)).stat().st_size == size for at, size in enumerate(sizes))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+@contextmanager
+def waiting(lock: filelock.BaseFileLock, why: str) -> Iterator[None]:
+    """Hold the lock; says why it takes long."""
+    try:
+        lock.acquire(timeout=5)
+    except filelock.Timeout:
+        print(f"waiting: {why} ({lock.lock_file})", flush=True)
+        lock.acquire()
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        lock.release()
 
 
-class _Counts:
-    """What became of the rows, and the first bad ones by name."""
-
-    def __init__(self) -> None:
-        self.totals: Counter[str] = Counter()
-        self.bad: list[str] = []
-        self.longest = 0  # tokens
-        self.longest_row = ""
-
-    def keep(self, tokens: Tokens) -> None:
-        self.totals.update(documents=1, tokens=len(tokens), trained_tokens=sum(tokens.trained))
-
-    def reject(self, row: Row, reason: str) -> None:
-        self.totals["bad_rows"] += 1
-        if len(self.bad) < _SHOWN:
-            self.bad.append(f"{row.where}: {reason}")
-
-    def raise_problems(self, data: Data) -> None:
-        totals = self.totals
-        problems = []
-        if totals["bad_rows"] and (data.on_bad_row == "error" or not totals["documents"]):
-            more = f" (the first {_SHOWN} are shown)" if totals["bad_rows"] > _SHOWN else ""
-            advice = (
-                "mend them, or leave them out with data.on_bad_row=skip" if totals["documents"] else "no row is left"
-            )
-            problems.append(f"{totals['bad_rows']} of {totals['rows']} rows cannot be used{more}; {advice}")
-            problems += self.bad
-        if totals["too_long_rows"] and data.on_too_long == "error":
-            problems.append(
-                f"data.sequence_length: {totals['too_long_rows']} of {totals['rows']} rows have more than "
-                f"{data.sequence_length} tokens, the longest {self.longest} ({self.longest_row}); raise it, or choose "
-                "data.on_too_long=drop, truncate or split"
-            )
-        if not problems and not totals["trained_tokens"]:
-            dropped = (
-                f" ({totals['too_long_rows']} rows were above data.sequence_length)" if totals["too_long_rows"] else ""
-            )
-            problems.append(f"nothing left to train on: no row has a trained token{dropped}")
-        if problems:
-            raise BadInput(problems)
-
-    def summary(self) -> dict[str, Any]:
-        return dict(sorted(self.totals.items())) | {"first_bad_rows": self.bad}
+def fingerprint(source: Source, scans: list[Scan], train_on: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash of all that the tokens depend on: contents of files, tokenizer, template, settings. No path decides."""
+    parts: list[Any] = [_FORMAT, train_on, source.format, source.fields, source.limit, tokenizer.chat_template]
+    parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    parts += [scan.sha256 for scan in scans] or [hub_dataset(source)._fingerprint]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
-def _documents_of(
-    row: Row, source: Source, data: Data, tokenizer: PreTrainedTokenizerBase, counts: _Counts
-) -> Iterator[Tokens]:
-    """The documents that one row becomes: one, none (and counted why), or several when split."""
-    counts.totals["rows"] += 1
+def scans_of(source: Source, cache: Path) -> list[Scan]:
+    """Hashes of the files of a source. A file is read again only when its size, times or inode have changed."""
+    files = source_files(source)
+    memo = cache / "files.json"
+    known = _known_scans(memo)
+    if any(known.get(str(file.absolute()), {}).get("stat") != _stat(file) for file in files):
+        with filelock.FileLock(cache / "files.lock"):
+            known = _known_scans(memo)
+            for file in files:
+                stat, name = _stat(file), str(file.absolute())
+                if known.get(name, {}).get("stat") != stat:
+                    scan = asdict(scan_file(file))
+                    # A file written a moment ago may change again within the same tick of its clock.
+                    settled = time.time_ns() - max(stat[1:3]) > 2e9 and _stat(file) == stat
+                    known[name] = scan | {"stat": stat if settled else None}
+            partial = memo.with_suffix(".tmp")
+            partial.write_text(json.dumps(known))
+            partial.replace(memo)
+    found = (known[str(file.absolute())] for file in files)
+    return [Scan(scan["sha256"], [(start, lines) for start, lines in scan["cuts"]]) for scan in found]
+
+
+def _stat(file: Path) -> list[int]:
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _known_scans(memo: Path) -> dict[str, Any]:
     try:
-        tokens = row_tokens(row, source, tokenizer, data.train_on)
-    except BadRow as error:
-        counts.reject(row, str(error))
-        return
-    pieces = [tokens]
-    if len(tokens) > data.sequence_length:
-        if len(tokens) > counts.longest:
-            counts.longest, counts.longest_row = len(tokens), row.where
-        counts.totals["too_long_rows"] += 1
-        pieces = _fit(tokens, data.sequence_length, data.on_too_long)
-        counts.totals["tokens_cut"] += len(tokens) - sum(map(len, pieces))
-    for piece in pieces:
-        if any(piece.trained):
-            yield piece
-        else:
-            counts.totals["documents_without_trained_tokens"] += 1
+        known: dict[str, Any] = json.loads(memo.read_text())
+        return known
+    except (OSError, ValueError):
+        return {}
 
 
-def row_tokens(row: Row, source: Source, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Tokens:
-    """Token ids and mask of a row.
-
-    Raises:
-        BadRow: with the reason, also when no token of it would be trained.
-    """
-    if row.value is None:
-        raise BadRow(row.problem)
-    try:
-        json.dumps(row.value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("holds half of a surrogate pair, which is not Unicode text") from None
-    example = parse_row(row.value, source)
-    if isinstance(example, Conversation):
-        require_chat_template(tokenizer, row)
-    try:
-        tokens = tokenize(example, tokenizer, train_on)
-    except BadRow:
-        raise
-    except Exception as error:  # a template is a program, and fails in all ways that a program can
-        raise BadRow(f"the chat template or the tokenizer fails on it: {type(error).__name__}: {error}") from None
-    if not any(tokens.trained):
-        raise BadRow("no token of it is trained (empty answer, or the chat template drops the assistant's text)")
-    return tokens
-
-
-def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
-    """Raises BadInput when a row is a chat and the tokenizer cannot write chats."""
-    if not tokenizer.chat_template:
-        raise BadInput(
-            f"{row.where} is a chat, but the tokenizer has no chat template: add chat_template.jinja to the model "
-            "folder, or use a model that has one"
-        )
-
-
-def _fit(tokens: Tokens, limit: int, on_too_long: str) -> list[Tokens]:
-    match on_too_long:
-        case "truncate":
-            return [Tokens(tokens.ids[:limit], tokens.trained[:limit])]
-        case "split":
-            starts = range(0, len(tokens), limit)
-            return [
-                Tokens(tokens.ids[start : start + limit], [False, *tokens.trained[start + 1 : start + limit]])
-                for start in starts
-            ]
-        case _:
-            return []
+def row_problems(found: TokenSet, data: Data) -> list[str]:
+    """Rows that cannot be used, if the recipe does not say to skip them, or if nothing is left."""
+    totals = found.summary
+    bad, rows, documents = totals["bad_rows"], totals["rows"], totals["documents"]
+    if bad and (data.on_bad_row == "error" or not documents):
+        shown = totals["first_bad_rows"]
+        more = f" (the first {len(shown)} are shown)" if bad > len(shown) else ""
+        advice = "mend them, or leave them out with data.on_bad_row=skip" if documents else "no row is left"
+        return [f"{bad} of {rows} rows cannot be used{more}; {advice}", *shown]
+    return [] if rows else [f"data set {found.source.path} has no rows"]

@@ -1,22 +1,22 @@
-"""Rows of data sets, in the shapes they are found in, made into `Conversation` or `Text`.
+"""Rows of data sets, in the shapes they are found in, made into `Conversation`, `Text` or `Pretokenized`.
 
-messages            {"messages": [{"role": ..., "content": ...}, ...]}
+messages            {"messages": [{"role": ..., "content": ...}, ...]}, as OpenAI's: tool calls, content in parts
+sharegpt            {"conversations": [{"from": "human" | "gpt" | ..., "value": ...}, ...], "system": ... (optional)}
 prompt_completion   {"prompt": ..., "completion": ...}: two message lists, or two strings used as they are (no template)
 alpaca              {"instruction": ..., "input": ... (optional), "output": ..., "system": ... (optional)}
 text                {"text": ...}
+tokens              {"input_ids": [...], "labels": [...] (optional, -100 where there is no loss)}
+
+Chats may come with `tools` (a list of JSON schemas, or its JSON text). A message is trained or not by its `weight`,
+`loss_weight`, `train`, `training` or `trainable` (0 or 1, false or true) where it has one.
 """
 
 from __future__ import annotations
 
-import glob
-import itertools
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-from fullft.errors import BadInput
 from fullft.recipe import Source
 
 
@@ -25,6 +25,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     tools: list[Any] | None = None
     prompt_messages: int = 0  # that many first messages are context, their assistant turns are not trained
+    flags: dict[int, bool] = field(default_factory=dict)  # position of a message: trained or not, where the row says so
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,9 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Row:
-    file: str
-    number: int  # of the row in the file, from 1; line number in .jsonl
-    value: dict[str, Any] | None
-    problem: str = ""  # why there is no value
-
-    @property
-    def where(self) -> str:
-        return f"{self.file} row {self.number}"
+class Pretokenized:
+    ids: list[int]
+    trained: list[bool]
 
 
 class BadRow(ValueError):
@@ -54,141 +49,22 @@ class BadRow(ValueError):
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FIELDS = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "tokens": ("input_ids",),
     "text": ("text",),
 }
+# ShareGPT's names, and what others call the same.
+_ROLE_OF = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "tool_call", "observation": "tool", "function_response": "tool", "function": "tool",
+}  # fmt: skip
+_FLAGS = ("weight", "loss_weight", "train", "training", "trainable")
+_IGNORED = -100
 
 
-def source_files(source: Source) -> list[Path]:
-    """The local files of a source, sorted; empty for a hub name.
-
-    Raises:
-        BadInput: a local path that does not exist, is empty, or is of an unknown kind.
-    """
-    path = Path(source.path)
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]  # noqa: PTH207
-    if not matches:
-        if _looks_like_hub_name(source.path):
-            return []
-        raise BadInput(f"data file {source.path} does not exist (relative paths start at {Path.cwd()})")
-    problems = [f"data file {file} is empty" for file in matches if file.stat().st_size == 0]
-    problems += [
-        f"data file {file}: unknown kind; use .jsonl, .json, .parquet, an Arrow folder or a hub name"
-        for file in matches
-        if file.suffix not in (".jsonl", ".json", ".parquet")
-    ]
-    if problems:
-        raise BadInput(problems)
-    return matches
-
-
-# Endings that no hub name has; a dot alone does not make a file: owner/name-2.5.
-_FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
-
-
-def _looks_like_hub_name(path: str) -> bool:
-    return (
-        not path.startswith((".", "/", "~"))
-        and path.count("/") <= 1
-        and Path(path).suffix not in _FILES
-        and "*" not in path
-    )
-
-
-def read_rows(source: Source) -> Iterator[Row]:
-    """All rows of a source in file order. A line that is not JSON is a row with a problem, not the end of reading."""
-    yield from itertools.islice(_all_rows(source), source.limit)
-
-
-def _all_rows(source: Source) -> Iterator[Row]:
-    files = source_files(source)
-    if not files or Path(source.path).is_dir():
-        yield from _dataset_rows(source)
-        return
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    for file in files:
-        rows = readers[file.suffix](file)
-        if (first := next(rows, None)) is None:
-            raise BadInput(f"data file {file} has no rows")
-        yield first
-        yield from rows
-
-
-def _jsonl_rows(file: Path) -> Iterator[Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _parsed(str(file), number, line)
-
-
-def _parsed(file: str, number: int, line: bytes) -> Row:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return Row(file, number, None, f"not valid JSON: {error}")
-    if not isinstance(value, dict):
-        return Row(file, number, None, f"is a {type(value).__name__}, not an object with fields")
-    return Row(file, number, value)
-
-
-def _json_rows(file: Path) -> Iterator[Row]:
-    try:
-        rows = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"data file {file} is not valid JSON: {error}; one object a line is a .jsonl file") from None
-    if not isinstance(rows, list):
-        raise BadInput(f"data file {file} must hold a list of rows, it holds a {type(rows).__name__}")
-    for number, value in enumerate(rows, start=1):
-        if isinstance(value, dict):
-            yield Row(str(file), number, value)
-        else:
-            yield Row(str(file), number, None, f"is a {type(value).__name__}, not an object with fields")
-
-
-def _parquet_rows(file: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(str(file), number, value)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"data file {file} is not a Parquet file, or is damaged: {error}") from None
-
-
-def _dataset_rows(source: Source) -> Iterator[Row]:
-    for number, value in enumerate(hub_dataset(source), start=1):
-        yield Row(source.path, number, value)
-
-
-def hub_dataset(source: Source) -> Any:
-    """An Arrow folder (`Dataset.save_to_disk`), a folder of data files, or a hub name, through `datasets`.
-
-    Raises:
-        BadInput: it cannot be loaded.
-    """
-    import datasets
-
-    folder = Path(source.path)
-    try:
-        if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(source.path)
-            if not isinstance(loaded, datasets.DatasetDict):
-                return loaded
-            if source.split not in loaded:
-                raise KeyError(f"it has the splits {', '.join(loaded)}")
-            return loaded[source.split]
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
-    except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
-        raise BadInput(f"data set {source.path} (split {source.split}) cannot be loaded: {error}") from None
-
-
-def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text:
+def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pretokenized:
     """One row as what is trained on.
 
     Raises:
@@ -202,14 +78,15 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text:
         raise BadRow(f"has no {_names(absent)} (fields: {_names(value)}); name the columns in `fields`")
     match kind:
         case "messages":
-            tools = value.get("tools") or None
-            if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-                raise BadRow("field 'tools' is not a list of objects")
-            return Conversation(_checked_messages(value["messages"]), tools)
+            return _conversation(value["messages"], value)
+        case "sharegpt":
+            return _conversation(_from_sharegpt(value["conversations"], value.get("system")), value)
         case "prompt_completion":
-            return _prompt_completion(value["prompt"], value["completion"])
+            return _prompt_completion(value)
         case "alpaca":
             return _alpaca(value)
+        case "tokens":
+            return _pretokenized(value["input_ids"], value.get("labels"))
         case _:
             if not isinstance(value["text"], str) or not value["text"]:
                 raise BadRow("field 'text' is not a text or is empty")
@@ -221,8 +98,8 @@ def _detect(value: dict[str, Any]) -> str:
         if all(value.get(name) is not None for name in names):
             return kind
     raise BadRow(
-        f"has fields {_names(value)}; expected messages, prompt + completion, instruction + output, or text "
-        "(other names: map them with `fields`)"
+        f"has fields {_names(value)}; expected messages, conversations, prompt + completion, instruction + output, "
+        "input_ids, or text (other names: map them with `fields`)"
     )
 
 
@@ -230,13 +107,14 @@ def _names(values: Any) -> str:
     return ", ".join(f"'{value}'" for value in values) or "none"
 
 
-def _prompt_completion(prompt: Any, completion: Any) -> Conversation | Text:
+def _prompt_completion(value: dict[str, Any]) -> Conversation | Text:
+    prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
             raise BadRow("field 'completion' is empty")
         return Text(completion, prompt)
     if isinstance(prompt, list) and isinstance(completion, list):
-        return Conversation(_checked_messages(prompt + completion), prompt_messages=len(prompt))
+        return _conversation(prompt + completion, value, prompt_messages=len(prompt))
     raise BadRow("fields 'prompt' and 'completion' must be two texts or two lists of messages")
 
 
@@ -248,33 +126,161 @@ def _alpaca(value: dict[str, Any]) -> Conversation:
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
     if texts["system"]:
         messages.insert(0, {"role": "system", "content": texts["system"]})
-    return Conversation(_checked_messages(messages))
+    return _conversation(messages, {})
 
 
-def _checked_messages(messages: Any) -> list[dict[str, Any]]:
-    """Messages with known roles in an order that a chat can have: system? then user (assistant|tool …) …"""
+def _pretokenized(ids: Any, labels: Any) -> Pretokenized:
+    labels = ids if labels is None else labels
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(values, list) or any(type(value) is not int for value in values):
+            raise BadRow(f"field '{name}' is not a list of whole numbers")
+    if len(ids) != len(labels):
+        raise BadRow(f"has {len(ids)} input_ids and {len(labels)} labels")
+    pairs = enumerate(zip(ids, labels, strict=True))
+    if wrong := [at for at, (token, label) in pairs if label not in (token, _IGNORED)]:
+        raise BadRow(
+            f"label {wrong[0]} is neither its input id nor {_IGNORED} (labels are not shifted; trainers shift them)"
+        )
+    return Pretokenized(ids, [label != _IGNORED for label in labels])
+
+
+# Chats
+
+
+def _conversation(messages: Any, row: dict[str, Any], prompt_messages: int = 0) -> Conversation:
     if not isinstance(messages, list) or not messages:
-        raise BadRow("field 'messages' is not a list of messages, or is empty")
+        raise BadRow("the chat is not a list of messages, or is empty")
+    plain = [_message(message, position) for position, message in enumerate(messages, start=1)]
+    flags = {at: flag for at, message in enumerate(messages) if (flag := _flag(message, at + 1)) is not None}
+    _require_order(plain)
+    return Conversation(plain, _tools(row.get("tools")), prompt_messages, flags)
+
+
+def _from_sharegpt(turns: Any, system: Any) -> list[dict[str, Any]]:
+    """ShareGPT's turns as messages; some sets have `role` and `content` under the name `conversations`."""
+    if not isinstance(turns, list) or not turns:
+        raise BadRow("field 'conversations' is not a list of turns, or is empty")
+    messages: list[Any] = [{"role": "system", "content": system}] if system else []
+    for position, turn in enumerate(turns, start=1):
+        if not isinstance(turn, dict) or not ({"from", "role"} & turn.keys()):
+            raise BadRow(f"turn {position} has neither 'from' nor 'role'")
+        other = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        messages.append({"role": turn.get("from", turn.get("role")), "content": turn.get("value")} | other)
+    return messages
+
+
+def _message(given: Any, position: int) -> dict[str, Any]:
+    """A message as chat templates expect it: text content, tool calls with their arguments as objects."""
+    if not isinstance(given, dict) or "role" not in given:
+        raise BadRow(f"message {position} has no 'role'")
+    message: dict[str, Any] = _without_nulls({key: value for key, value in given.items() if key not in _FLAGS})
+    role = message["role"] = _ROLE_OF.get(given["role"], given["role"])
+    if isinstance(message.get("content"), list):
+        message |= _joined(message["content"], position)
+    if role == "tool_call":
+        call = _json_object(message["content"], f"message {position} (function call)")
+        message |= {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    elif role not in _ROLES:
+        raise BadRow(f"message {position} has role {role!r}; roles are {', '.join(_ROLES)}")
+    if message.get("content") is None and not message.get("tool_calls"):
+        raise BadRow(f"message {position} ({role}) has no 'content'")
+    if not isinstance(message.get("content"), str | None):
+        kind = type(message["content"]).__name__
+        raise BadRow(f"message {position} ({role}): 'content' is a {kind}; only text can be trained on")
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(calls, position)
+    return message
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet and Arrow give every key to every message, null where it was absent; templates ask what is there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
+
+
+def _joined(parts: list[Any], position: int) -> dict[str, Any]:
+    """Content in parts as a template takes it: text, reasoning and tool calls each under their own key."""
+    texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+    calls = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        names = ("text", "value", "thinking", "reasoning") if kind else ()
+        text = next((part[name] for name in names if name in part), None)
+        if kind in ("text", "output_text", "input_text") and isinstance(text, str):
+            texts["content"].append(text)
+        elif kind in ("reasoning", "thinking") and isinstance(text, str):
+            texts["reasoning_content"].append(text)
+        elif kind == "tool_call":
+            calls.append({"type": "function", "function": _json_object(text, f"message {position} (tool call)")})
+        else:
+            raise BadRow(f"message {position}: a part of its content is {kind or part!r}; only text can be trained on")
+    joined: dict[str, Any] = {key: "".join(found) for key, found in texts.items() if found or key == "content"}
+    return joined | ({"tool_calls": calls} if calls else {})
+
+
+def _tool_calls(calls: Any, position: int) -> list[Any]:
+    """OpenAI writes arguments as JSON text; chat templates turn objects into JSON and would quote a text twice."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise BadRow(f"message {position}: 'tool_calls' is not a list of objects")
+    found = []
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str) and function["arguments"]:
+            function = function | {"arguments": _json_object(function["arguments"], f"message {position} (arguments)")}
+        found.append(call | {"function": function} if "function" in call else function)
+    return found
+
+
+def _json_object(value: Any, what: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"{what} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRow(f"{what} is not a JSON object")
+    return value
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise BadRow(f"field 'tools' is not valid JSON: {error}") from None
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRow("field 'tools' is not a list of objects")
+    return [_without_nulls(tool) for tool in tools]
+
+
+def _flag(message: dict[str, Any], position: int) -> bool | None:
+    """Whether a message says that it is trained or not."""
+    for name in _FLAGS:
+        value = message.get(name)
+        if value in (0, 1):  # True and False are these too
+            return bool(value)
+        if value is not None:
+            raise BadRow(f"message {position} has {name} {value!r}; 0 and 1 are supported")
+    return None
+
+
+_BEFORE = {
+    "system": ("the start",), "developer": ("the start",), "user": ("the start", "system", "developer", "assistant"),
+    "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
+}  # fmt: skip
+
+
+def _require_order(messages: list[dict[str, Any]]) -> None:
+    """Roles in an order that a chat can have: system? then user (assistant|tool …) …"""
     before = "the start"
     for position, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or "role" not in message:
-            raise BadRow(f"message {position} has no 'role'")
-        role = message["role"]
-        if role not in _ROLES:
-            raise BadRow(f"message {position} has role {role!r}; roles are {', '.join(_ROLES)}")
-        if message.get("content") is None and not message.get("tool_calls"):
-            raise BadRow(f"message {position} ({role}) has no 'content'")
-        if not isinstance(message.get("content"), str | None):
-            kind = type(message["content"]).__name__
-            raise BadRow(f"message {position} ({role}): 'content' is a {kind}; only text can be trained on")
-        allowed = {
-            "system": ("the start",), "developer": ("the start",),
-            "user": ("the start", "system", "developer", "assistant"),
-            "assistant": ("user", "tool"), "tool": ("assistant", "tool"),
-        }[role]  # fmt: skip
-        if before not in allowed:
-            raise BadRow(f"wrong role order: message {position} is '{role}' after {before}")
-        before = role
+        if before not in _BEFORE[message["role"]]:
+            raise BadRow(f"wrong role order: message {position} is '{message['role']}' after {before}")
+        before = message["role"]
     if all(message["role"] != "assistant" for message in messages):
         raise BadRow("has no assistant message to train on")
-    return messages

@@ -12,8 +12,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.cache import require_chat_template, row_tokens
-from fullft.data.formats import BadRow, Conversation, Row, parse_row, read_rows
+from fullft.data.formats import BadRow, Conversation, Text, parse_row
+from fullft.data.prepare import require_chat_template, row_tokens
+from fullft.data.sources import Row, read_rows
 from fullft.data.tokens import beginning, encode, render
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
@@ -96,9 +97,8 @@ def text_item(row: Row, source: Source, tokenizer: PreTrainedTokenizerBase, trai
     Raises:
         BadRow: it cannot be read, or has no token to score.
     """
-    tokens = row_tokens(row, source, tokenizer, train_on)
-    example = parse_row(row.value or {}, source)
-    if isinstance(example, Conversation) or example.prompt:
+    example, tokens = row_tokens(row, source, tokenizer, train_on)
+    if not isinstance(example, Text) or example.prompt:
         return Item(_key(row), rolling_windows(tokens.ids, tokens.trained, width))
     # As lm-evaluation-harness does: the first token is predicted from BOS (or EOS), and no end token is scored.
     start = beginning(tokenizer) or (tokenizer.eos_token_id,)
@@ -123,11 +123,11 @@ def generate_item(row: Row, source: Source, tokenizer: PreTrainedTokenizerBase, 
         require_chat_template(tokenizer, row)
         prompt = encode(tokenizer, render(tokenizer, before, example.tools, add_generation_prompt=True))
         item = Item(_key(row), prompt=prompt, reference=last["content"])
-    elif example.prompt:
+    elif isinstance(example, Text) and example.prompt:
         prompt = [*beginning(tokenizer), *encode(tokenizer, example.prompt)]
         item = Item(_key(row), prompt=prompt, reference=example.text)
     else:
-        raise BadRow("is plain text: there is no prompt to answer")
+        raise BadRow("is plain text or token ids: there is no prompt to answer")
     if answer(item.reference, task.answer_pattern) is None:
         raise BadRow(f"answer_pattern {task.answer_pattern!r} is not in its reference answer")
     return item

@@ -1,0 +1,177 @@
+"""Training rows that stand in an evaluation set: equal after normalisation, or sharing 13 words in a row.
+
+13-grams as in Brown et al. 2020 (GPT-3, appendix C), which also leaves out those that are common: here, the ones that
+stand in more than ten rows of the evaluation set (instructions, boilerplate). System messages are not compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy
+from numpy.typing import NDArray
+
+from fullft.data.cache import TokenSet, scans_of, waiting
+from fullft.data.formats import BadRow, parse_row
+from fullft.data.prepare import run_pieces
+from fullft.data.quality import plain_text, text_key, words
+from fullft.data.sources import Piece, pieces, read_piece, read_rows
+from fullft.errors import BadInput
+from fullft.recipe import Source
+
+WORDS = 13
+_COMMON = 10  # evaluation rows
+_SHOWN = 10
+_FACTORS = numpy.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(1, WORDS + 1)], numpy.uint64)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The rows of one evaluation set, by key and by 13-gram. `keys`, `grams`: sorted uint64."""
+
+    name: str
+    keys: NDArray[numpy.uint64]
+    grams: NDArray[numpy.uint64]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """What of a training set stands in evaluation sets. `counts[evaluation set]`: rows equal and overlapping."""
+
+    documents: NDArray[numpy.int64]
+    counts: dict[str, dict[str, int]]
+    examples: list[str]
+
+    def describe(self, name: str) -> list[str]:
+        """A line for each evaluation set that rows of the training set `name` stand in."""
+        return [
+            f"{name}: {sum(kinds.values())} rows stand in {evaluated} ({kinds['equal']} equal, "
+            f"{kinds['overlapping']} share {WORDS} words in a row)"
+            for evaluated, kinds in self.counts.items()
+            if sum(kinds.values())
+        ]
+
+
+def index(name: str, sources: Sequence[Source]) -> Evaluated:
+    """Keys and 13-grams of the rows of an evaluation set. What of it cannot be read is told elsewhere."""
+    keys, grams = [], []
+    hashes = _WordHashes()
+    with suppress(BadInput):
+        for row, whose in ((row, source) for source in sources for row in read_rows(source)):
+            with suppress(BadRow):
+                example = parse_row(row.value or {}, whose)
+                keys.append(text_key(example))
+                grams.append(numpy.unique(_grams(words(plain_text(example)), hashes)))
+    all_grams, times = numpy.unique(numpy.concatenate([*grams, numpy.empty(0, numpy.uint64)]), return_counts=True)
+    return Evaluated(name, numpy.unique(numpy.array(keys, numpy.uint64)), all_grams[times <= _COMMON])
+
+
+class _WordHashes(dict[str, int]):
+    """64-bit hash of a word, remembered."""
+
+    def __missing__(self, word: str) -> int:
+        if len(self) > 1_000_000:
+            self.clear()
+        self[word] = value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        return value
+
+
+def _grams(text: list[str], hashes: _WordHashes) -> NDArray[numpy.uint64]:
+    """Hash of each 13 words in a row: Σ hash(word i)·factor i, modulo 2⁶⁴."""
+    if len(text) < WORDS:
+        return numpy.empty(0, numpy.uint64)
+    values = numpy.array([hashes[word] for word in text], numpy.uint64)
+    windows = numpy.lib.stride_tricks.sliding_window_view(values, WORDS)
+    hashed: NDArray[numpy.uint64] = (windows * _FACTORS).sum(axis=1, dtype=numpy.uint64)
+    return hashed
+
+
+def find_leaks(tokens: TokenSet, evaluated: Sequence[Evaluated], executor: Executor | None = None) -> Leaks:
+    """The documents of a prepared set that stand in the evaluation sets; remembered beside the set's tokens."""
+    content = [(one.name, one.keys.tobytes(), one.grams.tobytes()) for one in evaluated]
+    file = tokens.folder / f"leaks-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
+    if not file.exists():
+        with waiting(filelock.FileLock(file.with_suffix(".lock")), "leaks are looked for by another process"):
+            if not file.exists():
+                _write(tokens, evaluated, file, executor)
+    found = json.loads(file.read_text())
+    counts = {one.name: {"equal": 0, "overlapping": 0} for one in evaluated}
+    for *_, name, kind in found:
+        counts[name][kind] += 1
+    places = [tokens.place(int(document)) for document, *_ in found[:_SHOWN]]
+    examples = [
+        f"{path} row {row} stands in {name}"
+        if kind == "equal"
+        else f"{path} row {row} shares {WORDS} words with {name}"
+        for (path, row), (_, name, kind) in zip(places, found, strict=False)
+    ]
+    return Leaks(numpy.unique([document for document, *_ in found]).astype(numpy.int64), counts, examples)
+
+
+def _write(tokens: TokenSet, evaluated: Sequence[Evaluated], file: Path, executor: Executor | None) -> None:
+    parts = dict(enumerate(pieces(tokens.source, scans_of(tokens.source, tokens.folder.parent))))
+    work = file.with_suffix(".pickle")
+    work.write_bytes(pickle.dumps((tokens.source, list(evaluated))))
+    try:
+        title = f"looking for leaks in {tokens.name}"
+        rows = [row for part in run_pieces(search_piece, work, parts, title, executor) for row in part]
+    finally:
+        work.unlink(missing_ok=True)
+    document_of = _documents_at(tokens, [(file_number, row) for file_number, row, *_ in rows])
+    found = [(at, name, kind) for at, (*_, name, kind) in zip(document_of, rows, strict=True) if at >= 0]
+    partial = file.with_suffix(".tmp")
+    partial.write_text(json.dumps(found))
+    partial.replace(file)
+
+
+def _documents_at(tokens: TokenSet, places: list[tuple[int, int]]) -> list[int]:
+    """The document of each (file, row); -1 where the row made none."""
+    if not places:
+        return []
+    shift = 1 << 40
+    have = tokens.documents["file"].astype(numpy.int64) * shift + tokens.documents["row"]
+    wanted = numpy.array([number * shift + row for number, row in places])
+    order = numpy.argsort(have, kind="stable")
+    at = order[numpy.minimum(numpy.searchsorted(have[order], wanted), len(have) - 1)]
+    return [int(one) if have[one] == place else -1 for one, place in zip(at, wanted, strict=True)]
+
+
+_loaded: dict[Path, Any] = {}
+
+
+def search_piece(work_file: Path, _: int, piece: Piece) -> list[tuple[int, int, str, str]]:
+    """(file, row, evaluation set, equal or overlapping) of the rows of a piece that stand in an evaluation set."""
+    if work_file not in _loaded:
+        _loaded.clear()
+        _loaded[work_file] = pickle.loads(work_file.read_bytes())
+    source, evaluated = _loaded[work_file]
+    hashes = _WordHashes()
+    found = []
+    for row in read_piece(source, piece):
+        try:
+            example = parse_row(row.value or {}, source)
+        except BadRow:
+            continue
+        key, grams = text_key(example), _grams(words(plain_text(example)), hashes)
+        for one in evaluated:
+            if _contains(one.keys, numpy.array([key], numpy.uint64)):
+                found.append((piece.file or 0, row.number, one.name, "equal"))
+            elif _contains(one.grams, grams):
+                found.append((piece.file or 0, row.number, one.name, "overlapping"))
+    return found
+
+
+def _contains(known: NDArray[numpy.uint64], values: NDArray[numpy.uint64]) -> bool:
+    if not len(known) or not len(values):
+        return False
+    at = numpy.minimum(numpy.searchsorted(known, values), len(known) - 1)
+    return bool((known[at] == values).any())

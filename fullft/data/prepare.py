@@ -1,0 +1,346 @@
+"""Rows → tokens on disk, piece by piece, on all cores or over hosts by MPI.
+
+A piece is read, tokenized and written by one process, which holds one row at a time; a part that is on disk under its
+own name is whole, so a killed preparation goes on with the parts that are missing.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from fullft.data.cache import DOCUMENT, _part_name
+from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
+from fullft.data.quality import plain_text, script, text_key, troubles
+from fullft.data.sources import Piece, Row, read_piece
+from fullft.data.tokens import Tokens, tokenize
+from fullft.errors import BadInput
+from fullft.recipe import Source
+
+_SHOWN = 10  # rows shown by name
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process needs to tokenize pieces of one set; written to a file, so that any process can take any piece."""
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    train_on: str
+
+
+def write_tokens(
+    name: str,
+    source: Source,
+    pieces: Sequence[Piece],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str,
+    folder: Path,
+    executor: Executor | None,
+) -> None:
+    """Tokenize all pieces of a set into `folder`, which appears when it is complete. The caller holds the set's lock.
+
+    Raises:
+        BadInput: the data cannot be read, the disk is full, or a worker was killed.
+    """
+    partial = folder.with_suffix(".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    work = partial / "work.pickle"
+    try:
+        work.write_bytes(pickle.dumps(Work(source, tokenizer, train_on)))
+        missing = [number for number in range(len(pieces)) if not (partial / f"part-{number:05}.json").exists()]
+        if len(missing) < len(pieces):
+            print(f"{name}: {len(pieces) - len(missing)} of {len(pieces)} parts were prepared before", flush=True)
+        run_pieces(tokenize_piece, work, {number: pieces[number] for number in missing}, f"preparing {name}", executor)
+        _complete(partial, len(pieces), source)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise BadInput(
+            f"data.cache_dir: no space left in {folder.parent} while data set {name} was prepared; free some (about 5 "
+            "bytes a token), or choose another; the parts written so far are used again"
+        ) from None
+    shutil.rmtree(folder, ignore_errors=True)  # one that has lost a part
+    partial.rename(folder)
+
+
+def run_pieces(action: Any, work: Path, pieces: dict[int, Piece], title: str, executor: Executor | None) -> list[Any]:
+    """action(work, number, piece) for all pieces, in processes; their results in order of the numbers.
+
+    Raises:
+        BadInput: what an action raised, or a process was killed.
+    """
+    results: dict[int, Any] = {}
+    with _progress(sum(piece.bytes for piece in pieces.values()), title) as advance:
+        if executor is None and (len(pieces) < 2 or usable_cores() < 2):
+            for number, piece in pieces.items():
+                results[number] = action(work, number, piece)
+                advance(piece.bytes)
+            return [results[number] for number in sorted(results)]
+        with _local_processes(usable_cores()) if executor is None else nullcontext(executor) as pool:
+            running = {pool.submit(action, work, number, piece): number for number, piece in pieces.items()}
+            try:
+                for done in as_completed(running):
+                    results[running[done]] = done.result()
+                    advance(pieces[running[done]].bytes)
+            except BrokenProcessPool:
+                raise BadInput(
+                    f"{title}: a worker process was killed (out of memory?); start again, the finished parts are kept"
+                ) from None
+            finally:
+                for waiting in running:
+                    waiting.cancel()
+    return [results[number] for number in sorted(results)]
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@contextmanager
+def worker_processes(count: int | None) -> Iterator[Executor | None]:
+    """Under mpirun the other ranks, on all hosts; else `count` processes here (default: all cores).
+
+    None on an MPI rank that was a worker, when the work is done.
+    """
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1) > 1:
+        from mpi4py import MPI
+        from mpi4py.futures import MPICommExecutor
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        with MPICommExecutor(MPI.COMM_WORLD, root=0) as executor:
+            yield executor  # type: ignore[misc]  # it has the interface of an Executor
+    else:
+        with _local_processes(count or usable_cores()) as pool:
+            yield pool
+
+
+@contextmanager
+def _local_processes(count: int) -> Iterator[Executor]:
+    """A pool of processes that end with this one, however it ends."""
+    context = multiprocessing.get_context("fork")  # the tokenizer and its library are there already, and shared
+    with ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
+        yield pool
+
+
+def _end_with(parent: int) -> None:
+    """A pool's process waits for ever when its parent was killed."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _progress(total: int, title: str) -> Iterator[Any]:
+    """A bar on a terminal; else a line each minute. Nothing for what takes no time."""
+    started = said = time.monotonic()
+    done = 0
+    terminal = sys.stderr.isatty()
+    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not terminal, dynamic_ncols=True) as bar:
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            bar.update(count)
+            if not terminal and time.monotonic() - said > 60:
+                said = time.monotonic()
+                print(f"{title}: {done / max(total, 1):.0%} after {said - started:.0f} s", flush=True)
+
+        yield advance
+
+
+# In the worker
+
+
+@functools.lru_cache(maxsize=1)
+def _work(file: Path) -> Work:
+    work = pickle.loads(file.read_bytes())
+    assert isinstance(work, Work)
+    return work
+
+
+class _Counts:
+    """What became of the rows of a piece, with the first rows of each kind by name."""
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self.scripts: Counter[str] = Counter()
+        self.troubles: Counter[str] = Counter()
+        self.bad: list[str] = []
+        self.troubled: dict[str, list[str]] = {}
+
+    def add(self, row: Row, example: Any, tokens: Tokens) -> None:
+        self.totals.update(documents=1, tokens=len(tokens), trained_tokens=sum(tokens.trained))
+        text = plain_text(example)
+        self.scripts[script(text)] += 1
+        for trouble in troubles(text):
+            self.troubles[trouble] += 1
+            named = self.troubled.setdefault(trouble, [])
+            if len(named) < _SHOWN:
+                named.append(row.where)
+
+    def reject(self, row: Row, reason: str) -> None:
+        self.totals["bad_rows"] += 1
+        if len(self.bad) < _SHOWN:
+            self.bad.append(f"{row.where}: {reason}")
+
+
+def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
+    """Write part-….tokens, .documents and last .json of one piece; what is there under these names is whole."""
+    work = _work(work_file)
+    counts = _Counts()
+    documents = []
+    final = work_file.parent / _part_name(number)
+    partial = final.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as content:
+            at = 0
+            for row in read_piece(work.source, piece):
+                counts.totals["rows"] += 1
+                try:
+                    example, tokens = row_tokens(row, work.source, work.tokenizer, work.train_on)
+                except BadRow as error:
+                    counts.reject(row, str(error))
+                    continue
+                counts.add(row, example, tokens)
+                ids, trained = numpy.array(tokens.ids, numpy.int32), numpy.array(tokens.trained)
+                content.write(numpy.where(trained, ids, ~ids).tobytes())
+                documents.append(
+                    (at, row.number, text_key(example), len(tokens), int(trained.sum()), piece.file or 0)
+                )  # fmt: skip
+                at += len(tokens)
+            _flush(content)
+        partial.replace(final)
+        _write(final.with_suffix(".documents"), numpy.array(documents, DOCUMENT).tobytes())
+        _write(final.with_suffix(".json"), json.dumps(vars(counts)).encode())
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush(content: BinaryIO) -> None:
+    content.flush()
+    os.fsync(content.fileno())
+
+
+def _write(file: Path, content: bytes) -> None:
+    partial = file.with_suffix(f"{file.suffix}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(content)
+            _flush(opened)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def row_tokens(
+    row: Row, source: Source, tokenizer: PreTrainedTokenizerBase, train_on: str
+) -> tuple[Conversation | Text | Pretokenized, Tokens]:
+    """A row as what is trained on, with its token ids and mask.
+
+    Raises:
+        BadRow: with the reason, also when no token of it would be trained.
+    """
+    if row.value is None:
+        raise BadRow(row.problem)
+    try:
+        json.dumps(row.value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("holds half of a surrogate pair, which is not Unicode text") from None
+    example = parse_row(row.value, source)
+    if isinstance(example, Conversation):
+        require_chat_template(tokenizer, row)
+    try:
+        tokens = tokenize(example, tokenizer, train_on)
+    except BadRow:
+        raise
+    except Exception as error:  # a template is a program, and fails in all ways that a program can
+        raise BadRow(f"the chat template or the tokenizer fails on it: {type(error).__name__}: {error}") from None
+    if not any(tokens.trained):
+        raise BadRow("no token of it is trained (empty answer, or the chat template drops the assistant's text)")
+    return example, tokens
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Raises BadInput when a row is a chat and the tokenizer cannot write chats."""
+    if not tokenizer.chat_template:
+        raise BadInput(
+            f"{row.where} is a chat, but the tokenizer has no chat template: add chat_template.jinja to the model "
+            "folder, or use a model that has one"
+        )
+
+
+# When all parts are there
+
+
+def _complete(partial: Path, parts: int, source: Source) -> None:
+    """Join the parts' documents and counts; what the workers needed is removed."""
+    totals: Counter[str] = Counter(rows=0, documents=0, tokens=0, trained_tokens=0, bad_rows=0)
+    scripts: Counter[str] = Counter()
+    found_troubles: Counter[str] = Counter()
+    bad: list[str] = []
+    troubled: dict[str, list[str]] = {}
+    starts, sizes = [], []
+    with (partial / "documents.raw").open("wb") as joined:
+        at = 0
+        for number in range(parts):
+            tokens = partial / _part_name(number)
+            counted = json.loads(tokens.with_suffix(".json").read_text())
+            documents = numpy.fromfile(tokens.with_suffix(".documents"), DOCUMENT)
+            documents["start"] += at
+            joined.write(documents.tobytes())
+            starts.append(at)
+            sizes.append(tokens.stat().st_size)
+            at += sizes[-1] // 4
+            totals.update(counted["totals"])
+            scripts.update(counted["scripts"])
+            found_troubles.update(counted["troubles"])
+            bad += counted["bad"]
+            for trouble, named in counted["troubled"].items():
+                troubled.setdefault(trouble, []).extend(named)
+        _flush(joined)
+    _as_npy(partial / "documents.raw", partial / "documents.npy")
+    summary: dict[str, Any] = dict(totals) | {
+        "source": source.path, "first_bad_rows": bad[:_SHOWN], "scripts": dict(scripts.most_common()),
+        "troubles": dict(found_troubles), "troubled_rows": {name: named[:_SHOWN] for name, named in troubled.items()},
+        "part_starts": starts, "part_bytes": sizes,
+    }  # fmt: skip
+    _write(partial / "summary.json", json.dumps(summary, indent=1).encode())
+    for file in partial.iterdir():
+        if file.suffix in (".json", ".documents", ".pickle", ".raw", ".tmp") and file.name != "summary.json":
+            file.unlink()
+
+
+def _as_npy(raw: Path, npy: Path) -> None:
+    """Put the header of numpy's format before raw records, without holding them in memory."""
+    count = raw.stat().st_size // DOCUMENT.itemsize
+    with npy.open("wb") as out, raw.open("rb") as records:
+        header = {"descr": numpy.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (count,)}
+        numpy.lib.format.write_array_header_1_0(out, header)
+        shutil.copyfileobj(records, out, 1 << 20)
+        _flush(out)

@@ -1,0 +1,317 @@
+"""Files, folders and hub names → rows, in pieces that can be read apart from each other.
+
+JSONL and JSON are read here and not by `datasets`, because only so has every row its number in its file, and one bad
+line is one bad row. Everything is read as a stream: no file needs to fit into memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fullft.errors import BadInput
+from fullft.recipe import Source
+
+
+@dataclass(frozen=True)
+class Row:
+    file: str
+    number: int  # of the row in the file, from 1; line number in .jsonl
+    value: dict[str, Any] | None
+    problem: str = ""  # why there is no value
+
+    @property
+    def where(self) -> str:
+        return f"{self.file} row {self.number}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a source that one process reads: bytes of .jsonl, row groups of Parquet, rows of a `datasets` set.
+
+    `end` None: all of the file. `file` None: the whole source, in order.
+    """
+
+    file: int | None
+    start: int = 0
+    end: int | None = None
+    rows_before: int = 0  # rows (lines) of the file before `start`
+    bytes: int = 0  # for the progress bar
+
+
+_SMALLEST_PIECE, _LARGEST_PIECE, _PIECES = 1 << 20, 64 << 20, 256
+_BLOCK = 1 << 20
+
+
+def source_files(source: Source) -> list[Path]:
+    """The local files of a source, sorted; empty for a hub name.
+
+    Raises:
+        BadInput: a local path that does not exist, is empty, or is of an unknown kind.
+    """
+    path = Path(source.path)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]  # noqa: PTH207
+    if not matches:
+        if _looks_like_hub_name(source.path):
+            return []
+        raise BadInput(f"data file {source.path} does not exist (relative paths start at {Path.cwd()})")
+    problems = [f"data file {file} is empty" for file in matches if file.stat().st_size == 0]
+    problems += [
+        f"data file {file}: unknown kind; use .jsonl, .json, .parquet, an Arrow folder or a hub name"
+        for file in matches
+        if file.suffix not in (".jsonl", ".json", ".parquet")
+    ]
+    if problems:
+        raise BadInput(problems)
+    return matches
+
+
+# Endings that no hub name has; a dot alone does not make a file: owner/name-2.5.
+_FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+
+
+def _looks_like_hub_name(path: str) -> bool:
+    return (
+        not path.startswith((".", "/", "~"))
+        and path.count("/") <= 1
+        and Path(path).suffix not in _FILES
+        and "*" not in path
+    )
+
+
+def read_by_datasets(source: Source) -> bool:
+    """Whether a source is read by the library `datasets`: an Arrow folder, a folder of files, a hub name."""
+    return Path(source.path).is_dir() or not source_files(source)
+
+
+# Scanning: one pass over the bytes of a file for its hash and for where it can be cut
+
+
+@dataclass(frozen=True)
+class Scan:
+    """sha256 of a file, and (byte, lines before it) where its pieces start if it is .jsonl."""
+
+    sha256: str
+    cuts: list[tuple[int, int]]
+
+
+def scan_file(file: Path) -> Scan:
+    """Hash a file, and cut it at ends of lines: pieces depend on its content alone."""
+    size = file.stat().st_size
+    step = min(max(size // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
+    digest, cuts, at, lines, due = hashlib.sha256(), [(0, 0)], 0, 0, step
+    with file.open("rb") as content:
+        while block := content.read(_BLOCK):
+            digest.update(block)
+            if file.suffix == ".jsonl":
+                if at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
+                    cuts.append((at + end + 1, lines + block.count(b"\n", 0, end + 1)))
+                    due = at + end + 1 + step
+                lines += block.count(b"\n")
+            at += len(block)
+    return Scan(digest.hexdigest(), [cut for cut in cuts if cut[0] < at] or [(0, 0)])
+
+
+def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
+    """How a source is shared among processes; `scans` of its files, in order."""
+    files = source_files(source)
+    if source.limit is not None:  # the first rows are found by reading from the start
+        return [Piece(None, bytes=sum(file.stat().st_size for file in files))]
+    if read_by_datasets(source):
+        count = len(hub_dataset(source))
+        step = max(count // _PIECES, 1000)
+        return [Piece(0, start, min(start + step, count), start, min(step, count - start))
+                for start in range(0, count, step)] or [Piece(None)]  # fmt: skip
+    found = []
+    for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
+        size = file.stat().st_size
+        if file.suffix == ".jsonl":
+            ends = [start for start, _ in scan.cuts[1:]] + [size]
+            found += [Piece(number, start, end, lines, end - start)
+                      for (start, lines), end in zip(scan.cuts, ends, strict=True)]  # fmt: skip
+        elif file.suffix == ".parquet":
+            found += _row_groups(file, number)
+        else:
+            found.append(Piece(number, bytes=size))
+    return found
+
+
+def _row_groups(file: Path, number: int) -> list[Piece]:
+    metadata = _parquet(file).metadata
+    found, before = [], 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group)
+        found.append(Piece(number, group, group + 1, before, rows.total_byte_size))
+        before += rows.num_rows
+    return found
+
+
+# Reading
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """All rows of a source in file order. A line that is not JSON is a row with a problem, not the end of reading.
+
+    Raises:
+        BadInput: a file that is damaged or has no rows.
+    """
+    yield from itertools.islice(_all_rows(source), source.limit)
+
+
+def _all_rows(source: Source) -> Iterator[Row]:
+    if read_by_datasets(source):
+        yield from _dataset_rows(source, 0, None)
+        return
+    for file in source_files(source):
+        rows = _file_rows(file, Piece(0))
+        if (first := next(rows, None)) is None:
+            raise BadInput(f"data file {file} has no rows")
+        yield first
+        yield from rows
+
+
+def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
+    """The rows of one piece, numbered as in their file."""
+    if piece.file is None:
+        yield from read_rows(source)
+    elif read_by_datasets(source):
+        yield from _dataset_rows(source, piece.start, piece.end)
+    else:
+        yield from _file_rows(source_files(source)[piece.file], piece)
+
+
+def _file_rows(file: Path, piece: Piece) -> Iterator[Row]:
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    yield from readers[file.suffix](file, piece)
+
+
+def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
+    with file.open("rb") as lines:
+        lines.seek(piece.start)
+        at = piece.start
+        for number, line in enumerate(lines, start=piece.rows_before + 1):
+            if piece.end is not None and at >= piece.end:
+                return
+            at += len(line)
+            if line.strip():
+                yield _parsed(str(file), number, line)
+
+
+def _parsed(file: str, number: int, line: bytes) -> Row:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Row(file, number, None, f"not valid JSON: {error}")
+    return _row(file, number, value)
+
+
+def _row(file: str, number: int, value: Any) -> Row:
+    if not isinstance(value, dict):
+        return Row(file, number, None, f"is a {type(value).__name__}, not an object with fields")
+    return Row(file, number, value)
+
+
+def _json_rows(file: Path, _: Piece) -> Iterator[Row]:
+    try:
+        for number, value in enumerate(_list_items(file), start=1):
+            yield _row(str(file), number, value)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"data file {file} is not valid JSON: {error}; one object a line is a .jsonl file") from None
+
+
+def _list_items(file: Path) -> Iterator[Any]:
+    """The items of the one list in a .json file, decoded one by one from a window over its text."""
+    decoder = json.JSONDecoder()
+    with file.open(encoding="utf-8-sig") as content:
+        text = content.read(_BLOCK).lstrip()
+        if not text.startswith("["):
+            kind = type(json.loads(text + content.read())).__name__  # damaged JSON raises here
+            raise BadInput(f"data file {file} must hold a list of rows, it holds a {kind}")
+        at, items, after_item = 1, 0, False
+        while True:
+            at = _not_space(text, at)
+            if text.startswith("]", at) and (after_item or not items):
+                if rest := (text[at + 1 :] + content.read(_BLOCK)).strip():
+                    raise ValueError(f"after the list comes {rest[:20]!r}")
+                return
+            if after_item and text.startswith(",", at):
+                at, after_item = at + 1, False
+                continue
+            if after_item and at < len(text):
+                raise ValueError(f"expected ',' or ']' after item {items}, found {text[at : at + 20]!r}")
+            try:
+                value, end = decoder.raw_decode(text, at)
+            except ValueError:
+                end = len(text)  # cut off by the end of the window, or wrong
+            if end < len(text):
+                yield value
+                at, items, after_item = end, items + 1, True
+            elif more := content.read(max(_BLOCK, len(text) - at)):
+                text, at = text[at:] + more, 0
+            else:
+                decoder.raw_decode(text, at)  # raises with the reason
+                raise ValueError("the list does not end")
+
+
+def _not_space(text: str, at: int) -> int:
+    while at < len(text) and text[at].isspace():
+        at += 1
+    return at
+
+
+def _parquet(file: Path) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(file)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"data file {file} is not a Parquet file, or is damaged: {error}") from None
+
+
+def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
+    groups = None if piece.end is None else range(piece.start, piece.end)
+    number = piece.rows_before
+    try:
+        for batch in _parquet(file).iter_batches(batch_size=1024, row_groups=groups):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(str(file), number, value)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"data file {file} is damaged: {error}") from None
+
+
+def _dataset_rows(source: Source, start: int, end: int | None) -> Iterator[Row]:
+    loaded = hub_dataset(source)
+    part = loaded.select(range(start, len(loaded) if end is None else end))
+    for number, value in enumerate(part, start=start + 1):
+        yield Row(source.path, number, value)
+
+
+def hub_dataset(source: Source) -> Any:
+    """An Arrow folder (`Dataset.save_to_disk`), a folder of data files, or a hub name, through `datasets`.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    import datasets
+
+    folder = Path(source.path)
+    try:
+        if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
+            loaded = datasets.load_from_disk(source.path)
+            if not isinstance(loaded, datasets.DatasetDict):
+                return loaded
+            if source.split not in loaded:
+                raise KeyError(f"it has the splits {', '.join(loaded)}")
+            return loaded[source.split]
+        return datasets.load_dataset(source.path, source.subset, split=source.split)
+    except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
+        raise BadInput(f"data set {source.path} (split {source.split}) cannot be loaded: {error}") from None
