@@ -231,6 +231,8 @@ def _warnings(recipe: Recipe, total_steps: int, batches: Batches) -> list[str]:
             )
         if bad := one.tokens.summary["bad_rows"]:
             found.append(f"data set {one.tokens.name}: {bad} rows that cannot be used are skipped")
+        if lost := one.tokens.summary["rows_with_lost_reasoning"]:
+            found.append(f"data set {one.tokens.name}: the chat template leaves out the reasoning of {lost} rows")
     if recipe.train.global_batch_size > sequences:
         found.append(
             f"train.global_batch_size is {recipe.train.global_batch_size}, the data make {sequences} sequences: each "

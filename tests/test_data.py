@@ -415,10 +415,10 @@ def test_an_empty_thinking_block_that_the_template_adds_is_not_trained(tokenizer
 
 
 def test_a_template_whose_turns_cannot_be_told_apart_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Here the number of turns stands before each of them, and a long turn is only written in part."""
+    """Here the number of turns stands before each of them, and their text is turned round."""
     tokenizer.chat_template = """{%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + ' of ' + (messages | length) | string + '\n' }}
-    {{- message['content'][:2] + '<|im_end|>\n' }}{%- endfor %}"""
+    {{- message['content'] | reverse + '<|im_end|>\n' }}{%- endfor %}"""
     with pytest.raises(BadRow, match=r"message 2 is rendered differently.*data\.train_on=all"):
         tokenize(turns("1?", "one", "2?", "two"), tokenizer, "assistant")
 

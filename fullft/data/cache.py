@@ -31,7 +31,7 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.sources import Scan, hub_dataset, pieces, read_by_datasets, scan_file, source_files
+from fullft.data.sources import Scan, file_names, hub_dataset, pieces, scan_file, source_files
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
@@ -57,6 +57,7 @@ class TokenSet:
     folder: Path
     summary: dict[str, Any]
     documents: NDArray[Any]
+    files: list[str]
     _parts: dict[int, NDArray[numpy.int32]] = field(default_factory=dict, compare=False)
 
     @property
@@ -76,8 +77,7 @@ class TokenSet:
     def place(self, document: int) -> tuple[str, int]:
         """File and row number of a document."""
         found = self.documents[document]
-        files = [] if read_by_datasets(self.source) else source_files(self.source)
-        return str([*files, self.source.path][int(found["file"]) if files else 0]), int(found["row"])
+        return self.files[int(found["file"])], int(found["row"])
 
 
 def _part_name(number: int) -> str:
@@ -126,7 +126,12 @@ def _open_set(
     summary = json.loads((folder / "summary.json").read_text())
     # An array of no documents cannot be mapped.
     mode: Any = "r" if summary["documents"] else None
-    return TokenSet(name, source, folder, summary, numpy.load(folder / "documents.npy", mmap_mode=mode))
+    documents = numpy.load(folder / "documents.npy", mmap_mode=mode)
+    files = file_names(source)  # of today: the cache is found by contents, wherever they lie
+    summary["first_bad_rows"] = [f"{files[file]} row {row}: {why}" for file, row, why in summary["first_bad_rows"]]
+    for rows in summary["troubled_rows"].values():
+        rows[:] = [f"{files[file]} row {row}" for file, row in rows]
+    return TokenSet(name, source, folder, summary, documents, files)
 
 
 def is_complete(folder: Path) -> bool:

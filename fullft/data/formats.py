@@ -173,13 +173,13 @@ def _message(given: Any, position: int) -> dict[str, Any]:
     """A message as chat templates expect it: text content, tool calls with their arguments as objects."""
     if not isinstance(given, dict) or "role" not in given:
         raise BadRow(f"message {position} has no 'role'")
-    message: dict[str, Any] = _without_nulls({key: value for key, value in given.items() if key not in _FLAGS})
-    role = message["role"] = _ROLE_OF.get(given["role"], given["role"])
+    message = {key: value for key, value in given.items() if key not in _FLAGS and value is not None}
+    role = message["role"] = _ROLE_OF.get(str(given["role"]), given["role"])
     if isinstance(message.get("content"), list):
         message |= _joined(message["content"], position)
     if role == "tool_call":
-        call = _json_object(message["content"], f"message {position} (function call)")
-        message |= {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+        call = _json_object(message.get("content"), f"message {position} (function call)")
+        message |= {"role": "assistant", "content": "", "tool_calls": [call]}
     elif role not in _ROLES:
         raise BadRow(f"message {position} has role {role!r}; roles are {', '.join(_ROLES)}")
     if message.get("content") is None and not message.get("tool_calls"):
@@ -190,15 +190,6 @@ def _message(given: Any, position: int) -> dict[str, Any]:
     if calls := message.get("tool_calls"):
         message["tool_calls"] = _tool_calls(calls, position)
     return message
-
-
-def _without_nulls(value: Any) -> Any:
-    """Parquet and Arrow give every key to every message, null where it was absent; templates ask what is there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_nulls(inner) for inner in value]
-    return value
 
 
 def _joined(parts: list[Any], position: int) -> dict[str, Any]:
@@ -214,7 +205,7 @@ def _joined(parts: list[Any], position: int) -> dict[str, Any]:
         elif kind in ("reasoning", "thinking") and isinstance(text, str):
             texts["reasoning_content"].append(text)
         elif kind == "tool_call":
-            calls.append({"type": "function", "function": _json_object(text, f"message {position} (tool call)")})
+            calls.append(_json_object(text, f"message {position} (tool call)"))
         else:
             raise BadRow(f"message {position}: a part of its content is {kind or part!r}; only text can be trained on")
     joined: dict[str, Any] = {key: "".join(found) for key, found in texts.items() if found or key == "content"}
@@ -228,9 +219,13 @@ def _tool_calls(calls: Any, position: int) -> list[Any]:
     found = []
     for call in calls:
         function = call.get("function", call)
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str) and function["arguments"]:
-            function = function | {"arguments": _json_object(function["arguments"], f"message {position} (arguments)")}
-        found.append(call | {"function": function} if "function" in call else function)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"message {position}: a tool call has no name")
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = _json_object(arguments, f"message {position} (arguments)")
+        function = {"name": function["name"], "arguments": arguments}
+        found.append({"type": "function"} | (call if "function" in call else {}) | {"function": function})
     return found
 
 
@@ -255,7 +250,7 @@ def _tools(tools: Any) -> list[Any] | None:
         return None
     if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRow("field 'tools' is not a list of objects")
-    return [_without_nulls(tool) for tool in tools]
+    return tools
 
 
 def _flag(message: dict[str, Any], position: int) -> bool | None:

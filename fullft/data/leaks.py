@@ -24,7 +24,7 @@ from fullft.data.cache import TokenSet, scans_of, waiting
 from fullft.data.formats import BadRow, parse_row
 from fullft.data.prepare import run_pieces
 from fullft.data.quality import plain_text, text_key, words
-from fullft.data.sources import Piece, pieces, read_piece, read_rows
+from fullft.data.sources import Piece, file_names, pieces, read_piece, read_rows
 from fullft.errors import BadInput
 from fullft.recipe import Source
 
@@ -155,6 +155,7 @@ def search_piece(work_file: Path, _: int, piece: Piece) -> list[tuple[int, int, 
         _loaded[work_file] = pickle.loads(work_file.read_bytes())
     source, evaluated = _loaded[work_file]
     hashes = _WordHashes()
+    numbers = {name: number for number, name in enumerate(file_names(source))}
     found = []
     for row in read_piece(source, piece):
         try:
@@ -164,9 +165,9 @@ def search_piece(work_file: Path, _: int, piece: Piece) -> list[tuple[int, int, 
         key, grams = text_key(example), _grams(words(plain_text(example)), hashes)
         for one in evaluated:
             if _contains(one.keys, numpy.array([key], numpy.uint64)):
-                found.append((piece.file or 0, row.number, one.name, "equal"))
+                found.append((numbers[row.file], row.number, one.name, "equal"))
             elif _contains(one.grams, grams):
-                found.append((piece.file or 0, row.number, one.name, "overlapping"))
+                found.append((numbers[row.file], row.number, one.name, "overlapping"))
     return found
 
 

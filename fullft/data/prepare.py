@@ -32,7 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from fullft.data.cache import DOCUMENT, _part_name
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
 from fullft.data.quality import plain_text, script, text_key, troubles
-from fullft.data.sources import Piece, Row, read_piece
+from fullft.data.sources import Piece, Row, file_names, read_piece
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Source
@@ -191,23 +191,24 @@ class _Counts:
         self.totals: Counter[str] = Counter()
         self.scripts: Counter[str] = Counter()
         self.troubles: Counter[str] = Counter()
-        self.bad: list[str] = []
-        self.troubled: dict[str, list[str]] = {}
+        self.bad: list[tuple[int, int, str]] = []
+        self.troubled: dict[str, list[tuple[int, int]]] = {}
 
-    def add(self, row: Row, example: Any, tokens: Tokens) -> None:
+    def add(self, file: int, row: int, example: Any, tokens: Tokens) -> None:
         self.totals.update(documents=1, tokens=len(tokens), trained_tokens=sum(tokens.trained))
+        self.totals["rows_with_lost_reasoning"] += tokens.reasoning_lost
         text = plain_text(example)
         self.scripts[script(text)] += 1
         for trouble in troubles(text):
             self.troubles[trouble] += 1
             named = self.troubled.setdefault(trouble, [])
             if len(named) < _SHOWN:
-                named.append(row.where)
+                named.append((file, row))
 
-    def reject(self, row: Row, reason: str) -> None:
+    def reject(self, file: int, row: int, reason: str) -> None:
         self.totals["bad_rows"] += 1
         if len(self.bad) < _SHOWN:
-            self.bad.append(f"{row.where}: {reason}")
+            self.bad.append((file, row, reason))
 
 
 def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
@@ -215,6 +216,7 @@ def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
     work = _work(work_file)
     counts = _Counts()
     documents = []
+    numbers = {name: number for number, name in enumerate(file_names(work.source))}
     final = work_file.parent / _part_name(number)
     partial = final.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -225,13 +227,13 @@ def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
                 try:
                     example, tokens = row_tokens(row, work.source, work.tokenizer, work.train_on)
                 except BadRow as error:
-                    counts.reject(row, str(error))
+                    counts.reject(numbers[row.file], row.number, str(error))
                     continue
-                counts.add(row, example, tokens)
+                counts.add(numbers[row.file], row.number, example, tokens)
                 ids, trained = numpy.array(tokens.ids, numpy.int32), numpy.array(tokens.trained)
                 content.write(numpy.where(trained, ids, ~ids).tobytes())
                 documents.append(
-                    (at, row.number, text_key(example), len(tokens), int(trained.sum()), piece.file or 0)
+                    (at, row.number, text_key(example), len(tokens), int(trained.sum()), numbers[row.file])
                 )  # fmt: skip
                 at += len(tokens)
             _flush(content)
@@ -300,11 +302,13 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
 
 def _complete(partial: Path, parts: int, source: Source) -> None:
     """Join the parts' documents and counts; what the workers needed is removed."""
-    totals: Counter[str] = Counter(rows=0, documents=0, tokens=0, trained_tokens=0, bad_rows=0)
+    totals: Counter[str] = Counter(
+        rows=0, documents=0, tokens=0, trained_tokens=0, bad_rows=0, rows_with_lost_reasoning=0
+    )
     scripts: Counter[str] = Counter()
     found_troubles: Counter[str] = Counter()
-    bad: list[str] = []
-    troubled: dict[str, list[str]] = {}
+    bad: list[tuple[int, int, str]] = []
+    troubled: dict[str, list[tuple[int, int]]] = {}
     starts, sizes = [], []
     with (partial / "documents.raw").open("wb") as joined:
         at = 0

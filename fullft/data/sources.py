@@ -87,6 +87,11 @@ def _looks_like_hub_name(path: str) -> bool:
     )
 
 
+def file_names(source: Source) -> list[str]:
+    """Names of what rows come from, as `Row.file` has them."""
+    return [source.path] if read_by_datasets(source) else [str(file) for file in source_files(source)]
+
+
 def read_by_datasets(source: Source) -> bool:
     """Whether a source is read by the library `datasets`: an Arrow folder, a folder of files, a hub name."""
     return Path(source.path).is_dir() or not source_files(source)
@@ -112,7 +117,7 @@ def scan_file(file: Path) -> Scan:
         while block := content.read(_BLOCK):
             digest.update(block)
             if file.suffix == ".jsonl":
-                if at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
+                while at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
                     cuts.append((at + end + 1, lines + block.count(b"\n", 0, end + 1)))
                     due = at + end + 1 + step
                 lines += block.count(b"\n")
@@ -283,7 +288,7 @@ def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
         for batch in _parquet(file).iter_batches(batch_size=1024, row_groups=groups):
             for value in batch.to_pylist():
                 number += 1
-                yield Row(str(file), number, value)
+                yield Row(str(file), number, _from_columns(value))
     except (OSError, ValueError) as error:
         raise BadInput(f"data file {file} is damaged: {error}") from None
 
@@ -292,7 +297,20 @@ def _dataset_rows(source: Source, start: int, end: int | None) -> Iterator[Row]:
     loaded = hub_dataset(source)
     part = loaded.select(range(start, len(loaded) if end is None else end))
     for number, value in enumerate(part, start=start + 1):
-        yield Row(source.path, number, value)
+        yield Row(source.path, number, _from_columns(value))
+
+
+def _from_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """Columns give every key to every message, null where it was absent; chat templates ask what is there."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def hub_dataset(source: Source) -> Any:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import bisect
 import functools
+import json
+import os.path
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -24,6 +26,9 @@ class Tokens:
 
     ids: list[int]
     trained: list[bool]
+    reasoning_lost: bool = (
+        False  # the row has reasoning for its last trained answer, and the chat template leaves it out
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -42,7 +47,7 @@ def tokenize(example: Conversation | Text | Pretokenized, tokenizer: PreTrainedT
             tokens = _pretokenized(example, tokenizer)
         case _:
             tokens = _conversation(example, tokenizer, train_on)
-    return Tokens(tokens.ids, [False, *tokens.trained[1:]])
+    return replace(tokens, trained=[False, *tokens.trained[1:]])
 
 
 def _text(example: Text, tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -78,29 +83,68 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     return tuple(first) if first == [tokenizer.bos_token_id] else ()
 
 
-# Conversations: rendered once by the chat template; the trained turns are spans of that text
+# Conversations: rendered by the chat template; the trained turns are spans of that text
 
 
 def _conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, train_on: str) -> Tokens:
-    turns = trained_turns(example, train_on)
+    turns, template = trained_turns(example, train_on), tokenizer.get_chat_template(tools=example.tools)
+    if not turns:
+        raise BadRow("no message of it is to be trained")
     try:
         text, spans = _rendered_with_spans(example, tokenizer, turns, train_on)
     except jinja2.TemplateError as error:
         raise BadRow(f"the chat template refuses it: {error}") from None
-    for at in turns:
-        _require_written(example.messages[at], at + 1, text)
+    except TypeError:  # some templates join a tool call's arguments to a text, and cannot with an object
+        if (as_text := _with_arguments_as_text(example)) == example:
+            raise
+        text, spans = _rendered_with_spans(as_text, tokenizer, turns, train_on)
+    if train_on != "all":
+        for at, (start, end) in zip(turns, spans, strict=True):
+            _require_written(example.messages[at], at + 1, text[start:end])
     # Templates write the BOS token themselves: add_special_tokens would double it.
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Tokens(encoded["input_ids"], tokens_in_spans(encoded["offset_mapping"], spans))
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if stripping := _tokens_that_strip(tokenizer):  # their offsets hold the space after them
+        offsets = [(start, min(end, start + stripping.get(token, end)))
+                   for token, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
+    trained = tokens_in_spans(offsets, spans)
+    if example.messages[-1]["role"] == "assistant" and _last_answer_has_no_end(tokenizer, template):
+        last_is_trained = turns[-1] == len(example.messages) - 1
+        ids, trained = [*ids, tokenizer.eos_token_id], [*trained, last_is_trained]  # as after plain text
+    reasoning = str(example.messages[turns[-1]].get("reasoning_content") or "").strip()
+    return Tokens(ids, trained, reasoning not in text)
 
 
-def _require_written(message: dict[str, Any], position: int, text: str) -> None:
+def _with_arguments_as_text(example: Conversation) -> Conversation:
+    messages = []
+    for message in example.messages:
+        calls = [
+            call | {"function": function | {"arguments": json.dumps(function.get("arguments", {}), ensure_ascii=False)}}
+            for call in message.get("tool_calls", [])
+            for function in [call["function"]]
+        ]  # fmt: skip
+        messages.append(message | ({"tool_calls": calls} if calls else {}))
+    return replace(example, messages=messages)
+
+
+def _require_written(message: dict[str, Any], position: int, turn: str) -> None:
     """A template without tools leaves calls out without a word, and the model would learn to say nothing."""
-    calls = [call.get("function", call) for call in message.get("tool_calls") or []]
-    if lost := [call.get("name") for call in calls if str(call.get("name")) not in text]:
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    if lost := [call.get("name") for call in calls if str(call.get("name")) not in turn]:
         raise BadRow(f"message {position} calls the tool {lost[0]!r}, which the chat template does not write")
     if message["role"] == "assistant" and not calls and not str(message.get("content") or "").strip():
         raise BadRow(f"message {position} is an empty answer")
+
+
+@functools.lru_cache(maxsize=4)
+def _last_answer_has_no_end(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes no token to stop at after the last answer (GLM: the next role's token is its end)."""
+    messages: Any = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACEHOLDER}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+    except Exception:  # a template that wants more; what it writes is taken as it is
+        return False
+    return not text.rpartition(_PLACEHOLDER)[2].strip() and tokenizer.eos_token_id is not None
 
 
 def trained_turns(example: Conversation, train_on: str) -> list[int]:
@@ -120,24 +164,21 @@ def _rendered_with_spans(
     example: Conversation, tokenizer: PreTrainedTokenizerBase, turns: list[int], train_on: str
 ) -> tuple[str, list[Span]]:
     """The conversation as text, and where its trained turns are in it, each with its end-of-turn token."""
+    template = tokenizer.get_chat_template(tools=example.tools)
     if train_on == "all" and len(turns) == len(example.messages):
         text = render(tokenizer, example.messages, example.tools)
         return text, [(0, len(text))]
-    all_answers = [at for at, message in enumerate(example.messages) if message["role"] == "assistant"]
-    if turns == all_answers and _has_marks(tokenizer.get_chat_template(tools=example.tools)):
-        text, spans = _render_with_marks(tokenizer, example)
-        special = _special_tokens(tokenizer)
-        closed = [special.findall(text[start:end][-64:])[-1:] for start, end in spans]
-        return text, [
-            (start, end if last and text.endswith(last[0], start, end) else _end_of_turn(text, end, tokenizer))
-            for (start, end), last in zip(spans, closed, strict=True)
-        ]
-    if not turns:
-        raise BadRow("no message of it is to be trained")
+    answers = [at for at, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if _has_marks(template) and set(turns) <= set(answers):
+        text, marked = _render_with_marks(tokenizer, template, example)
+        if len(marked) == len(answers):
+            of_turn = dict(zip(answers, marked, strict=True))
+            return text, [
+                (start, _end_of_turn(text, end, tokenizer) if _marks_leave_the_end_out(tokenizer, template) else end)
+                for start, end in (of_turn[at] for at in turns)
+            ]
     text = render(tokenizer, example.messages, example.tools)
-    return text, _spans_by_placeholders(text, example, tokenizer, turns) or _spans_by_prefixes(
-        text, example, tokenizer, turns
-    )
+    return text, [_span_of_turn(text, example, tokenizer, at) for at in turns]
 
 
 def render(
@@ -157,83 +198,111 @@ def _has_marks(template: str) -> bool:
     return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
 
 
-def _render_with_marks(tokenizer: PreTrainedTokenizerBase, example: Conversation) -> tuple[str, list[Span]]:
+def _render_with_marks(
+    tokenizer: PreTrainedTokenizerBase, template: str, example: Conversation
+) -> tuple[str, list[Span]]:
     """By the template's {% generation %} marks; what `apply_chat_template` does before it tokenizes."""
     rendered, spans = render_jinja_template(
-        [example.messages], tools=example.tools, chat_template=tokenizer.get_chat_template(tools=example.tools),
-        return_assistant_tokens_mask=True, **tokenizer.special_tokens_map,
+        [example.messages], tools=example.tools, chat_template=template, return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )  # fmt: skip
     return rendered[0], list(spans[0])
 
 
-_PLACEHOLDER = "\ue000{}\ue001"  # of a private-use area, so not in anyone's text
+@functools.lru_cache(maxsize=4)
+def _marks_leave_the_end_out(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template closes its mark before the end-of-turn token; untrained, the model would never stop."""
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _PLACEHOLDER}]
+    text, spans = _render_with_marks(tokenizer, template, Conversation(messages))
+    return not spans or text[slice(*spans[-1])].rstrip().endswith(_PLACEHOLDER)
+
+
+_PLACEHOLDER = "\ue000\ue001"  # of a private-use area, so not in anyone's text
 _EMPTY_THINKING = re.compile(r"\s*(<(\w+)>\s*)?</(think|thinking|thought|reasoning|reason)>\s*")
 
 
-def _spans_by_placeholders(
-    text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Sequence[int]
-) -> list[Span] | None:
-    """Render again with a placeholder for each turn: what is between them is the template's own, the rest is theirs.
-
-    Right also where a template rewrites earlier turns (drops their thinking). A turn begins after the generation
-    prompt; an empty thinking block that the template adds is not the turn's. None if it cannot be told for certain.
-    """
-    messages = list(example.messages)
-    for number, at in enumerate(turns):
-        messages[at] = {"role": messages[at]["role"], "content": _PLACEHOLDER.format(number)}
-    try:
-        fixed = re.split("\ue000(\\d+)\ue001", render(tokenizer, messages, example.tools))
-    except Exception:  # the template looks into the turn, e.g. for tool calls
-        return None
-    if fixed[1::2] != [str(number) for number in range(len(turns))]:
-        return None
-    *heads, tail = fixed[::2]
-    starts: list[int] = []
-    ends: list[int] = []
-    at = 0
-    for number, (head, turn) in enumerate(zip(heads, turns, strict=True)):
-        prompt = generation_prompt(tokenizer) if example.messages[turn]["role"] == "assistant" else head
-        own, added = _split_after(head, prompt)
-        found = text.find(own, at)
-        if found < 0 or text.find(own, found + 1) >= 0 or (number == 0 and found > 0):
-            return None
-        ends += [found] if number else []
-        at = found + len(own)
-        if _EMPTY_THINKING.fullmatch(added) and text.startswith(added, at):
-            at += len(added)
-        starts.append(at)
-    ends.append(len(text) - len(tail))
-    if not text.endswith(tail) or any(end < start for start, end in zip(starts, ends, strict=True)):
-        return None
-    return [(start, _end_of_turn(text, end, tokenizer)) for start, end in zip(starts, ends, strict=True)]
-
-
-def _split_after(head: str, prompt: str) -> tuple[str, str]:
-    """A template's text before a turn, cut after the generation prompt in it; else before the space that joins them."""
-    cut = head.rfind(prompt) + len(prompt) if prompt and prompt in head else len(head.rstrip())
-    return head[:cut], head[cut:]
-
-
-def _spans_by_prefixes(
-    text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, turns: Sequence[int]
-) -> list[Span]:
-    """Incremental rendering: a turn is what its message adds after the generation prompt.
+def _span_of_turn(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int) -> Span:
+    """Where message `at` is in the rendered conversation `text`, with its end-of-turn token.
 
     Raises:
-        BadRow: the template renders a turn differently when later messages follow.
+        BadRow: it cannot be told.
     """
-    spans = []
-    for at in turns:
-        answers = example.messages[at]["role"] == "assistant"
-        before = render(tokenizer, example.messages[:at], example.tools, add_generation_prompt=answers) if at else ""
-        after = render(tokenizer, example.messages[: at + 1], example.tools).rstrip()
-        if not (after.startswith(before) and text.startswith(after)):
-            raise BadRow(
-                f"message {at + 1} is rendered differently by the chat template when later messages follow, so its "
-                "tokens cannot be told apart; use a template with {% generation %} marks, or data.train_on=all"
-            )
-        spans.append((len(before), len(after)))
-    return spans
+    for way in (_by_placeholder, _by_cutting, _by_prefixes):
+        if span := way(text, example, tokenizer, at):
+            return span
+    raise BadRow(
+        f"message {at + 1} is rendered differently by the chat template when later messages follow, so its tokens "
+        "cannot be told apart; use a template with {% generation %} marks, or data.train_on=all"
+    )
+
+
+def _by_placeholder(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int) -> Span | None:
+    """Render with a placeholder instead of the turn: what is around it is the template's own, the rest is the turn's.
+
+    Right also where a template rewrites earlier turns (drops their thinking).
+    """
+    rendered = _with_placeholder(example, tokenizer, at)
+    if rendered is None:
+        return None
+    head, tail = rendered
+    start, end = _start_of_turn(text, head, example, tokenizer, at), len(text) - len(tail)
+    if start is None or not text.endswith(tail) or start > end:
+        return None
+    return start, _end_of_turn(text, end, tokenizer)
+
+
+def _with_placeholder(example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int) -> tuple[str, str] | None:
+    """What the template writes before and after a turn; None if it looks into the turn, e.g. for tool calls."""
+    messages = list(example.messages)
+    messages[at] = {"role": messages[at]["role"], "content": _PLACEHOLDER}
+    try:
+        head, *tail = render(tokenizer, messages, example.tools).split(_PLACEHOLDER)
+    except Exception:  # a template is a program, and fails in all ways that a program can
+        return None
+    return (head, tail[0]) if len(tail) == 1 else None
+
+
+def _start_of_turn(
+    text: str, head: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int
+) -> int | None:
+    """A turn begins after the generation prompt; an empty thinking block that the template adds is not the turn's."""
+    answers = example.messages[at]["role"] == "assistant"
+    start = _end_of_prompt(head, generation_prompt(tokenizer, example.tools)) if answers else len(head)
+    if not text.startswith(head[:start]):
+        return None
+    added = head[start:]
+    return start + len(added) if _EMPTY_THINKING.fullmatch(added) and text.startswith(added, start) else start
+
+
+def _end_of_prompt(head: str, prompt: str) -> int:
+    """Where the generation prompt, or as much of it as is there, ends in the template's text before a turn.
+
+    Without one, before the space that joins header and answer: it is part of the answer's first token.
+    """
+    if prompt and prompt in head:
+        return head.rfind(prompt) + len(prompt)
+    if any(head.endswith(prompt[:length]) for length in range(1, len(prompt))):
+        return len(head)
+    return len(head.rstrip())
+
+
+def _by_cutting(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int) -> Span | None:
+    """The turn's end from the conversation that ends with it, its start from the same with a placeholder."""
+    cut = replace(example, messages=example.messages[: at + 1])
+    end = len(render(tokenizer, cut.messages, cut.tools).rstrip())
+    rendered = _with_placeholder(cut, tokenizer, at)
+    if rendered is None or not text.startswith(render(tokenizer, cut.messages, cut.tools)[:end]):
+        return None
+    start = _start_of_turn(text, rendered[0], cut, tokenizer, at)
+    return (start, end) if start is not None and start <= end else None
+
+
+def _by_prefixes(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase, at: int) -> Span | None:
+    """Incremental rendering: a turn is what its message adds after the generation prompt."""
+    answers = example.messages[at]["role"] == "assistant"
+    before = render(tokenizer, example.messages[:at], example.tools, add_generation_prompt=answers) if at else ""
+    after = render(tokenizer, example.messages[: at + 1], example.tools).rstrip()
+    return (len(before), len(after)) if after.startswith(before) and text.startswith(after) else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -246,12 +315,12 @@ def _generation_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> str
         )
     except Exception:  # a template that wants more than one user message; turns are then cut by their own text
         return ""
-    return whole.removeprefix(without) if whole.startswith(without) else ""
+    return whole[len(os.path.commonprefix([without, whole])) :]  # noqa: RUF071  # of characters
 
 
-def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+def generation_prompt(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
     """What the template writes to make the model answer, e.g. `<|im_start|>assistant\\n`; empty if nothing."""
-    return _generation_prompt(tokenizer, tokenizer.get_chat_template())
+    return _generation_prompt(tokenizer, tokenizer.get_chat_template(tools=tools))
 
 
 def _end_of_turn(text: str, end: int, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -267,6 +336,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     special |= {tokenizer.eos_token} if tokenizer.eos_token else set()
     special -= {tokenizer.bos_token} - {tokenizer.eos_token}
     return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)")
+
+
+@functools.lru_cache(maxsize=4)
+def _tokens_that_strip(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Ids of added tokens that take the space after them, with the lengths of their own texts."""
+    return {number: len(str(token)) for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
 
 
 def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

@@ -1,0 +1,219 @@
+"""`fullft prepare`: in parallel, over MPI, killed, out of space; and how a launch meets a cache that is not there."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import psutil
+import pytest
+from conftest import CPU_RANKS, Launch, chats, losses, write_jsonl, write_recipe
+
+pytestmark = pytest.mark.ranks
+
+# `fullft …` with pieces so small that a test's file has many; a pause for each row; killed at a row if asked to.
+FULLFT = """
+import os, signal, sys, time
+from fullft.data import prepare, sources
+sources._SMALLEST_PIECE = 2000
+pause, kill_at, *arguments = sys.argv[1:]
+tokenize = prepare.tokenize
+rows = 0
+
+def slowly(*arguments):
+    global rows
+    rows += 1
+    if rows == int(kill_at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(pause))
+    return tokenize(*arguments)
+
+prepare.tokenize = slowly
+prepare.usable_cores = lambda: 2
+sys.argv = ["fullft", *arguments]
+from fullft.cli import main
+sys.exit(main())
+"""
+
+
+class Fullft:
+    """fullft prepare, as a process of its own."""
+
+    def __init__(self, recipe: dict[str, Any], folder: Path) -> None:
+        self.cache = folder / "cache"
+        recipe["data"]["cache_dir"] = str(self.cache)
+        self.config = write_recipe(recipe, folder / "recipe.yaml")
+
+    def start(self, *before: str, pause: float = 0, kill_at: int = -1, verb: str = "prepare") -> subprocess.Popen[str]:
+        command = [*before, sys.executable, "-c", FULLFT, str(pause), str(kill_at), verb, str(self.config)]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | CPU_RANKS
+        )
+
+    def run(self, *before: str, code: int = 0, **options: Any) -> tuple[str, str]:
+        process = self.start(*before, **options)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, out + err
+        return out, err
+
+    def complete(self) -> dict[str, bytes]:
+        """What training would open: contents of the finished cache folders by name of the file."""
+        return {
+            str(file.relative_to(self.cache)): file.read_bytes()
+            for summary in self.cache.glob("*/summary.json")
+            if not summary.parent.suffix
+            for file in summary.parent.rglob("*")
+            if file.is_file() and file.suffix != ".lock"
+        }
+
+    def parts(self) -> int:
+        return len(list(self.cache.glob("*.partial/part-*.json")))
+
+
+@pytest.fixture
+def fullft(recipe: dict[str, Any], tmp_path: Path) -> Fullft:
+    write_jsonl(Path(recipe["data"]["train"]), chats(200))
+    return Fullft(recipe, tmp_path)
+
+
+@pytest.fixture
+def whole(recipe: dict[str, Any], tmp_path: Path, fullft: Fullft) -> dict[str, bytes]:
+    """The cache that an undisturbed preparation makes of the same file."""
+    assert fullft.config.exists()
+    (tmp_path / "alone").mkdir()
+    alone = Fullft(copy.deepcopy(recipe), tmp_path / "alone")
+    alone.run()
+    return alone.complete()
+
+
+def wait_for(what: Any, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_preparation_finds_the_first_in_under_a_second(fullft: Fullft) -> None:
+    out, _ = fullft.run()
+    assert "train: 200 rows, 200 documents" in out
+    before = {file: file.stat().st_mtime_ns for file in fullft.cache.rglob("*.npy")}
+    again, _ = fullft.run()
+    assert float(again.split(" after ")[1].split(" s")[0]) < 1
+    assert {file: file.stat().st_mtime_ns for file in fullft.cache.rglob("*.npy")} == before
+
+
+def test_a_killed_preparation_is_not_trusted_and_goes_on_where_it_stopped(
+    fullft: Fullft, whole: dict[str, bytes]
+) -> None:
+    process = fullft.start(pause=0.02)
+    wait_for(lambda: fullft.parts() >= 3)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(worker.is_running() for worker in workers), 10)  # workers end with it
+    assert not fullft.complete()
+    done = fullft.parts()
+    out, _ = fullft.run()
+    assert f"train: {done} of " in out
+    assert "parts were prepared before" in out
+    assert fullft.complete() == whole
+    assert not list(fullft.cache.glob("*.partial"))
+
+
+def test_a_killed_worker_is_told_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes]) -> None:
+    _, err = fullft.run(kill_at=60, code=2)
+    assert "a worker process was killed (out of memory?); start again" in err
+    assert not fullft.complete()
+    fullft.run()
+    assert fullft.complete() == whole
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a file system of 64 KiB cannot be mounted")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_to_be_trusted(
+    fullft: Fullft, recipe: dict[str, Any], whole: dict[str, bytes], small_disk: Path
+) -> None:
+    recipe["data"]["cache_dir"] = str(small_disk)
+    fullft.config = write_recipe(recipe, fullft.config)
+    fullft.cache = small_disk
+    _, err = fullft.run(code=2)
+    assert f"no space left in {small_disk}" in err
+    assert not fullft.complete()
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    fullft.run()
+    assert fullft.complete() == whole
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_mpi_ranks_share_the_work(fullft: Fullft, whole: dict[str, bytes], processes: int) -> None:
+    if not shutil.which("mpirun"):
+        pytest.skip("mpirun is not installed")
+    mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes))
+    out, _ = fullft.run(*mpirun)
+    assert out.count("train: 200 rows") == 1
+    assert fullft.complete() == whole
+
+
+def test_bad_input_under_mpi_ends_all_ranks(fullft: Fullft, recipe: dict[str, Any]) -> None:
+    if not shutil.which("mpirun"):
+        pytest.skip("mpirun is not installed")
+    write_jsonl(Path(recipe["data"]["train"]), [*chats(3), "{broken"])
+    _, err = fullft.run("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "3", code=2)
+    assert err.count("1 of 4 rows cannot be used") == 1
+
+
+def test_a_launch_refuses_if_the_recipe_says_so(recipe: dict[str, Any], launch: Launch, fullft: Fullft) -> None:
+    done = launch(recipe, "data.on_missing_cache=error", code=2)
+    assert "data set train is not prepared" in done.stderr
+    assert "run `fullft prepare` with this recipe first" in done.stderr
+    fullft.run()
+    launch(recipe, "data.on_missing_cache=error")
+
+
+def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_no_run(
+    recipe: dict[str, Any], launch: Launch, fullft: Fullft
+) -> None:
+    """Another process holds the set's lock: all ranks wait, and no collective is open meanwhile."""
+    recipe["train"]["timeout_minutes"] = 0.2  # 12 s
+    fullft.run()
+    (prepared,) = (folder for folder in fullft.cache.iterdir() if folder.is_dir())
+    aside = prepared.rename(fullft.cache / "aside")
+    lock = filelock.FileLock(prepared.with_suffix(".lock"), thread_local=False)
+    lock.acquire()
+
+    def give_back() -> None:
+        aside.rename(prepared)
+        lock.release()
+
+    timer = threading.Timer(25, give_back)
+    timer.start()
+    done = launch(recipe)
+    assert "waiting: data set train is prepared by another process" in done.stdout
+    assert len(losses(recipe)) == 4
+
+
+def test_a_launch_without_cache_prepares_once(recipe: dict[str, Any], launch: Launch, fullft: Fullft) -> None:
+    recipe["data"]["cache_dir"] = str(fullft.cache)
+    launch(recipe, ranks=2)
+    (kept,) = {file.parent for file in fullft.cache.rglob("documents.npy")}
+    assert not kept.suffix
+    assert not list(fullft.cache.glob("*.partial"))
