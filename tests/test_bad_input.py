@@ -744,7 +744,7 @@ def stopped(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stopp
     write_jsonl(folder / "part-1.jsonl", rows[:20])
     write_jsonl(folder / "part-2.jsonl", rows[20:])
     batches = preflight(parse_recipe(copy.deepcopy(recipe)), 2).batches
-    chosen = next(index for index in batches.sequence_indices(3) if index >= 20)  # in step 4, from the second file
+    chosen = next(index for _, index in batches.sequences_of_step(3) if index >= 20)  # in step 4, from the second file
     rows[chosen] = chat("Say it.", f"It {POISON} is.")
     file = write_jsonl(folder / "part-2.jsonl", rows[20:])
     return Stopped(run_ranks(recipe, folder), folder / "run", file, chosen - 20 + 1)
