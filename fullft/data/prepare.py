@@ -195,7 +195,9 @@ class _Counts:
         self.troubled: dict[str, list[tuple[int, int]]] = {}
 
     def add(self, file: int, row: int, example: Any, tokens: Tokens) -> None:
-        self.totals.update(documents=1, tokens=len(tokens), trained_tokens=sum(tokens.trained))
+        self.totals["documents"] += 1
+        self.totals["tokens"] += len(tokens)
+        self.totals["trained_tokens"] += sum(tokens.trained)
         self.totals["rows_with_lost_reasoning"] += tokens.reasoning_lost
         text = plain_text(example)
         self.scripts[script(text)] += 1
@@ -270,10 +272,6 @@ def row_tokens(
     """
     if row.value is None:
         raise BadRow(row.problem)
-    try:
-        json.dumps(row.value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise BadRow("holds half of a surrogate pair, which is not Unicode text") from None
     example = parse_row(row.value, source)
     if isinstance(example, Conversation):
         require_chat_template(tokenizer, row)
@@ -282,10 +280,18 @@ def row_tokens(
     except BadRow:
         raise
     except Exception as error:  # a template is a program, and fails in all ways that a program can
+        _require_unicode(row)
         raise BadRow(f"the chat template or the tokenizer fails on it: {type(error).__name__}: {error}") from None
     if not any(tokens.trained):
         raise BadRow("no token of it is trained (empty answer, or the chat template drops the assistant's text)")
     return example, tokens
+
+
+def _require_unicode(row: Row) -> None:
+    try:
+        json.dumps(row.value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("holds half of a surrogate pair, which is not Unicode text") from None
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:

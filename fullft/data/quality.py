@@ -10,13 +10,18 @@ from collections import Counter
 from fullft.data.formats import Conversation, Pretokenized, Text
 
 _WORD = re.compile(r"\w+")
+_TO_SPACE = {code: " " for code in range(128) if not _WORD.fullmatch(chr(code))}
+_REPLACED, _MOJIBAKE = "replacement characters (�)", "mojibake (UTF-8 read as Latin-1)"
+_HTML = "HTML entities or tags"
+_NOT_ASCII_SIGNS = (_REPLACED, _MOJIBAKE)
 _SIGNS = {
-    "replacement characters (�)": re.compile("\ufffd"),
-    "mojibake (UTF-8 read as Latin-1)": re.compile("Ã[\u0080-\u00bf]|Â[\u00a0-\u00bf]|â€[\u0098-\u201d™œ¦]|ï»¿"),
+    _REPLACED: re.compile("\ufffd"),
+    _MOJIBAKE: re.compile("Ã[\u0080-\u00bf]|Â[\u00a0-\u00bf]|â€[\u0098-\u201d™œ¦]|ï»¿"),
     "control characters": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"),
-    "HTML entities or tags": re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});|</?(?:div|span|br|p)\b[^>]*>"),
+    _HTML: re.compile(r"&(?:amp|lt|gt|quot|nbsp|#\d{2,5});|</?(?:div|span|br|p)\b[^>]*>"),
 }
-_SAMPLE = 200  # characters that are not ASCII, looked at for the script
+_LOOKED_AT = 500  # characters looked at for the script
+_NOT_ASCII, _ASCII_LETTER = re.compile("[^\x00-\x7f]"), re.compile("[A-Za-z]")
 
 
 def plain_text(example: Conversation | Text | Pretokenized) -> str:
@@ -33,6 +38,8 @@ def plain_text(example: Conversation | Text | Pretokenized) -> str:
 
 def words(text: str) -> list[str]:
     """Words in lower case without punctuation: two texts with the same words are the same after normalisation."""
+    if text.isascii():  # the same, in a fifth of the time
+        return text.lower().translate(_TO_SPACE).split()
     return _WORD.findall(text.lower())
 
 
@@ -48,16 +55,21 @@ def text_key(example: Conversation | Text | Pretokenized) -> int:
 
 def troubles(text: str) -> list[str]:
     """Signs of broken encoding in a text, by name."""
-    return [name for name, sign in _SIGNS.items() if sign.search(text)]
+    ascii_only = text.isascii()
+    markup = "&" in text or "<" in text
+    return [
+        name for name, sign in _SIGNS.items()
+        if not (ascii_only and name in _NOT_ASCII_SIGNS) and (markup or name != _HTML) and sign.search(text)
+    ]  # fmt: skip
 
 
 def script(text: str) -> str:
     """The script that most letters of a text are in: Latin, Cyrillic, CJK, …"""
     if text.isascii():
         return "Latin"
-    letters = [letter for letter in text[:4000] if letter.isalpha()]
-    sample = [letter for letter in letters if not letter.isascii()][:_SAMPLE]
-    names = Counter(unicodedata.name(letter, "unknown").split()[0].split("-")[0].capitalize() for letter in sample)
-    names["Latin"] += sum(letter.isascii() for letter in letters)
-    main = names.most_common(1)[0][0] if letters else "Latin"
+    beginning = text[:_LOOKED_AT]
+    others = [letter for letter in _NOT_ASCII.findall(beginning) if letter.isalpha()]
+    names = Counter(unicodedata.name(letter, "unknown").split()[0].split("-")[0].capitalize() for letter in others)
+    names["Latin"] += len(_ASCII_LETTER.findall(beginning))
+    main = names.most_common(1)[0][0]
     return {"Cjk": "CJK", "Hiragana": "Japanese", "Katakana": "Japanese"}.get(main, main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import json
 import os.path
@@ -12,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
+import numpy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -73,7 +73,19 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text, without any special token added."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+    return list(_backend(tokenizer).encode(text, add_special_tokens=False).ids) if text else []
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The tokenizer of the library `tokenizers`, as `tokenizer(text)` uses it, without its cost for each call."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,12 +114,15 @@ def _conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, tra
         for at, (start, end) in zip(turns, spans, strict=True):
             _require_written(example.messages[at], at + 1, text[start:end])
     # Templates write the BOS token themselves: add_special_tokens would double it.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if stripping := _tokens_that_strip(tokenizer):  # their offsets hold the space after them
-        offsets = [(start, min(end, start + stripping.get(token, end)))
-                   for token, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
-    trained = tokens_in_spans(offsets, spans)
+    encoded = _backend(tokenizer).encode(text, add_special_tokens=False)
+    ids = encoded.ids
+    trained = _tokens_at_clean_borders(encoded, spans, len(text))
+    if trained is None:
+        offsets = encoded.offsets
+        if stripping := _tokens_that_strip(tokenizer):  # their offsets hold the space after them
+            offsets = [(start, min(end, start + stripping.get(token, end)))
+                       for token, (start, end) in zip(ids, offsets, strict=True)]  # fmt: skip
+        trained = tokens_in_spans(offsets, spans)
     if example.messages[-1]["role"] == "assistant" and _last_answer_has_no_end(tokenizer, template):
         last_is_trained = turns[-1] == len(example.messages) - 1
         ids, trained = [*ids, tokenizer.eos_token_id], [*trained, last_is_trained]  # as after plain text
@@ -194,6 +209,7 @@ def render(
     return text
 
 
+@functools.lru_cache(maxsize=4)
 def _has_marks(template: str) -> bool:
     return bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
 
@@ -344,18 +360,39 @@ def _tokens_that_strip(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
     return {number: len(str(token)) for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip}
 
 
+def _tokens_at_clean_borders(encoded: Any, spans: Sequence[Span], text_length: int) -> list[bool] | None:
+    """As `tokens_in_spans`, in a tenth of its time, where tokens begin and end just where the spans do; else None."""
+    count = len(encoded.ids)
+    trained = [False] * count
+    for start, end in spans:
+        first = encoded.char_to_token(start)
+        last = count if end == text_length else encoded.char_to_token(end)
+        if first is None or last is None or first >= last or encoded.token_to_chars(first)[0] != start:
+            return None
+        if first and not _ends_before(encoded.token_to_chars(first - 1), start):
+            return None
+        if not _ends_before(encoded.token_to_chars(last - 1), end):
+            return None
+        if last < count and encoded.token_to_chars(last)[0] != end:
+            return None
+        trained[first:last] = [True] * (last - first)
+    return trained
+
+
+def _ends_before(chars: Span, border: int) -> bool:
+    return chars[0] < chars[1] <= border
+
+
 def tokens_in_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Which tokens lie in a span. A token belongs to where it begins, unless it reaches over the end of its span."""
-    begins = []
-    reached = 0
-    for start, end in offsets:
-        # Offsets of some tokenizers leave spaces out: a token of spaces is empty, at its end.
-        begins.append(start if start < end else reached)
-        reached = max(reached, end)
+    starts, ends = numpy.array(offsets, numpy.int64).reshape(-1, 2).T
+    # Offsets of some tokenizers leave spaces out: a token of spaces is empty, at its end.
+    reached = numpy.concatenate([[0], numpy.maximum.accumulate(ends)[:-1]]) if len(ends) else ends
+    begins = numpy.where(starts < ends, starts, reached)
     trained = [False] * len(begins)
     for start, end in spans:
-        first, last = bisect.bisect_left(begins, start), bisect.bisect_left(begins, end)
-        while last > first and offsets[last - 1][1] > end:
+        first, last = numpy.searchsorted(begins, (start, end)).tolist()
+        while last > first and ends[last - 1] > end:
             last -= 1
         trained[first:last] = [True] * (last - first)
     return trained

@@ -1,0 +1,116 @@
+"""What every benchmark does: run contenders as processes of their own, and write down what was measured where."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "mpi4py", "trl")
+
+
+@dataclass
+class Measured:
+    """A process that has ended. `peak_bytes`: most memory of it and its children together, shared pages counted once
+    (proportional set size, sampled each 0.1 s)."""
+
+    seconds: float
+    peak_bytes: int
+    output: str
+
+
+def run(command: list[str], **environment: str) -> Measured:
+    """Run a command to its end.
+
+    Raises:
+        RuntimeError: it fails; with the end of its output.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | environment
+    )
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while process.poll() is None:
+            peak = max(peak, _tree_bytes(process.pid))
+            time.sleep(0.1)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    output, _ = process.communicate()
+    watcher.join()
+    if process.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{output[-3000:]}")
+    return Measured(time.perf_counter() - started, peak, output)
+
+
+def _tree_bytes(pid: int) -> int:
+    total = 0
+    try:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            total += process.memory_full_info().pss
+    except psutil.Error:
+        return total
+    return total
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "gpu": gpu,
+        "python": platform.python_version(), "platform": platform.platform(),
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def goal(name: str, wanted: str, measured: float, met: bool) -> dict[str, Any]:
+    return {"name": name, "goal": wanted, "measured": measured, "met": met}
+
+
+def write(name: str, rows: dict[str, Any], goals: list[dict[str, Any]], **more: Any) -> Path:
+    """benchmarks/results/<name>-<gpu or cpu>.json"""
+    here = machine()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
+    kind = (here["gpu"] or "cpu").lower().replace(" ", "-")
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}-{kind}.json"
+    content = {
+        "benchmark": name, "date": time.strftime("%Y-%m-%d"), "command": "python -m " + " ".join(
+            [f"benchmarks.{name}", *sys.argv[1:]]
+        ), "commit": commit + (" with changes" if dirty else ""), "machine": here, "versions": _versions(),
+        "goals": goals, "rows": rows,
+    } | more  # fmt: skip
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    for one in goals:
+        print(f"{'met   ' if one['met'] else 'MISSED'} {one['name']}: {one['measured']:.4g} (goal {one['goal']})")
+    print(file)
+    return file
