@@ -105,7 +105,7 @@ def write(name: str, rows: dict[str, Any], goals: list[dict[str, Any]], **more: 
     file = RESULTS / f"{name}-{kind}.json"
     content = {
         "benchmark": name, "date": time.strftime("%Y-%m-%d"), "command": "python -m " + " ".join(
-            [f"benchmarks.{name}", *sys.argv[1:]]
+            [f"benchmarks.{name}", *(Path(word).name for word in sys.argv[1:])]  # where files lie tells nobody
         ), "commit": commit + (" with changes" if dirty else ""), "machine": here, "versions": _versions(),
         "goals": goals, "rows": rows,
     } | more  # fmt: skip

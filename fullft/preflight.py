@@ -107,8 +107,9 @@ def open_data(
     """
     data = recipe.data
     sets = open_sets(data, tokenizer, recipe.cache_folder, executor)
-    evaluated = [index("validation", data.validation)] if data.validation else []
-    evaluated += [index(task.name, [task.data]) for task in recipe.retention.tasks]
+    cache = recipe.cache_folder
+    evaluated = [index("validation", data.validation, cache)] if data.validation else []
+    evaluated += [index(task.name, [task.data], cache) for task in recipe.retention.tasks]
     found, warnings, problems = list[Sequences](), list[str](), list[str]()
     for one in sets:
         leaks = find_leaks(one, evaluated, executor)
@@ -137,8 +138,14 @@ def build_batches(recipe: Recipe, sets: list[Sequences], geometry: Geometry) -> 
     sizes = [(len(one), one.summary["tokens"]) for one in sets]
     positions = train.steps * geometry.global_batch_size if train.steps else None
     mixture = mix(data.training_sets, data.names, sizes, train.epochs or 1.0, positions)
+    steps = train.steps or math.ceil(mixture.total / geometry.global_batch_size)
+    if positions is None and not all(source.max_epochs for source in data.training_sets):
+        # The last step is filled up; a set that is capped must not be what fills it.
+        whole_steps = steps * geometry.global_batch_size
+        if any(source.max_epochs for source in data.training_sets):
+            mixture = mix(data.training_sets, data.names, sizes, train.epochs or 1.0, whole_steps)
     batches = Batches(sets, mixture, data.sequence_length if data.packing else None, geometry)
-    return batches, train.steps or math.ceil(mixture.total / geometry.global_batch_size)
+    return batches, steps
 
 
 def check_run_folder(recipe: Recipe) -> None:

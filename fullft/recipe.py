@@ -150,7 +150,8 @@ class Data(Section):
         names: list[str] = []
         for source in self.training_sets:
             path = Path(source.path)
-            plain = source.name or re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem if path.suffix else path.name) or "data"
+            stem = path.stem if path.suffix in (".jsonl", ".json", ".parquet") else path.name
+            plain = source.name or re.sub(r"[^A-Za-z0-9_.-]", "_", stem) or "data"
             twins = sum(name == plain or name.startswith(f"{plain}#") for name in names)
             names.append(f"{plain}#{twins + 1}" if twins else plain)
         return names

@@ -454,7 +454,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "broken function call": (
         {"conversations": [said("human", "q"), said("function_call", '{"name": "f", "argu')]},
-        r"message 2 \(function call\) is not valid JSON",
+        r"turn 2 \(function call\) is not valid JSON",
     ),
     "function call without name": (
         {"conversations": [said("human", "q"), said("function_call", '{"arguments": {}}')]}, "has no name"
@@ -636,7 +636,7 @@ def test_a_json_file_cut_off_anywhere_is_told(block: int, tmp_path: Path, monkey
         ("[{'a': 1}]", "not valid JSON"),
         ('[{"a": "line\nbreak"}]', "not valid JSON"),
         ('{"a": 1}\n{"a": 2}\n', r"one object a line is a \.jsonl file"),
-        ('{"a": [{"b": 1}]}', "must hold a list of rows, it holds a dict"),
+        ('{"a": [{"b": 1}]}', "must hold a list of rows, it holds an object"),
         ('"text"', "must hold a list of rows, it holds a str"),
         ("null", "must hold a list of rows"),
         ("[]", "has no rows"),

@@ -137,7 +137,7 @@ def test_duplicates_across_sets_and_warnings(shown: Shown, tmp_path: Path) -> No
     text, page = shown(train=sets, validation=str(write_jsonl(tmp_path / "held.jsonl", [ODD[2]])))
     for told in (text, _plain(page)):
         assert re.search(rf"\b2\s+a, b\s+{tmp_path}/a.jsonl row 1\s+{tmp_path}/b.jsonl row 1\n", told)
-        assert re.search(r"warning +a: 1 rows stand in validation \(1 equal", told)
+        assert re.search(r"warning +a: 1 rows overlap with validation \(1 are equal", told)
 
 
 def test_lost_reasoning(shown: Shown, tmp_path: Path) -> None:

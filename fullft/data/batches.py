@@ -3,7 +3,6 @@ number of ranks sees the same global batches."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ class Batches:
         self.mixture = mixture
         self.width = width
         self.geometry = geometry
+        self._orders: list[dict[int, NDArray[numpy.int64]]] = [{} for _ in sets]  # by epoch
 
     @property
     def fingerprint(self) -> str:
@@ -82,12 +82,22 @@ class Batches:
         size, seed = self.geometry.global_batch_size, self.geometry.seed
         which, before = self.mixture.at(step * size, size)
         found = [
-            (of_set, int(_permutation(count := len(self.sets[of_set]), seed, at // count, of_set)[at % count]))
+            (of_set, int(self._order(of_set, at // len(self.sets[of_set]))[at % len(self.sets[of_set])]))
             for of_set, at in zip(which.tolist(), before.tolist(), strict=True)
         ]
         if len(self.sets) > 1:  # else one rank might get all of one set, step after step
             found = [found[at] for at in numpy.random.default_rng((seed, step)).permutation(size)]
         return found
+
+    def _order(self, of_set: int, epoch: int) -> NDArray[numpy.int64]:
+        """The order of a set's sequences in an epoch of it; of each set the last two are kept."""
+        orders = self._orders[of_set]
+        if epoch not in orders:
+            key = (self.geometry.seed, epoch, of_set) if of_set else (self.geometry.seed, epoch)
+            orders[epoch] = numpy.random.default_rng(key).permutation(len(self.sets[of_set]))
+            for old in sorted(orders, key=lambda one: abs(one - epoch))[2:]:
+                del orders[old]
+        return orders[epoch]
 
     def rows_of_step(self, step: int) -> list[dict[str, Any]]:
         """File and row number of every document in the global batch of a step."""
@@ -146,9 +156,3 @@ def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[A
         labels[at : at + length - 1] = numpy.where(trained[1:], tokens[1:], IGNORE)
         at += length
     return at
-
-
-@functools.lru_cache(maxsize=16)
-def _permutation(count: int, seed: int, epoch: int, of_set: int) -> NDArray[numpy.int64]:
-    key = (seed, epoch, of_set) if of_set else (seed, epoch)
-    return numpy.random.default_rng(key).permutation(count)

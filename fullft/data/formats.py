@@ -14,6 +14,7 @@ Chats may come with `tools` (a list of JSON schemas, or its JSON text). A messag
 from __future__ import annotations
 
 import json
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +59,10 @@ _FIELDS = {
 # ShareGPT's names, and what others call the same.
 _ROLE_OF = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "function_call": "tool_call", "observation": "tool", "function_response": "tool", "function": "tool",
+    "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
+_CALLS = ("function_call", "tool_call")  # roles
+_OPTIONAL = ("tools", "input", "system", "labels")
 _FLAGS = ("weight", "loss_weight", "train", "training", "trainable")
 _IGNORED = -100
 
@@ -70,9 +73,11 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pr
     Raises:
         BadRow: fields missing or of the wrong kind, or roles out of order.
     """
-    if absent := [theirs for theirs in source.fields.values() if theirs not in value]:
+    mapped = {ours: value[theirs] for ours, theirs in source.fields.items() if theirs in value}
+    if absent := [theirs for ours, theirs in source.fields.items() if ours not in mapped and ours not in _OPTIONAL]:
         raise BadRow(f"has no {_names(absent)}, which `fields` names (fields: {_names(value)})")
-    value = value | {ours: value[theirs] for ours, theirs in source.fields.items()}
+    # A column that is mapped stands no longer under its own name.
+    value = {name: inner for name, inner in value.items() if name not in source.fields.values()} | mapped
     kind = source.format if source.format != "auto" else _detect(value)
     if absent := [name for name in _FIELDS[kind] if value.get(name) is None]:
         raise BadRow(f"has no {_names(absent)} (fields: {_names(value)}); name the columns in `fields`")
@@ -119,14 +124,18 @@ def _prompt_completion(value: dict[str, Any]) -> Conversation | Text:
 
 
 def _alpaca(value: dict[str, Any]) -> Conversation:
-    texts = {name: value.get(name) or "" for name in ("system", "instruction", "input", "output")}
+    given = {name: value.get(name) for name in ("system", "instruction", "input", "output")}
+    texts = {name: "" if text is None else text for name, text in given.items()}
     if wrong := [name for name, text in texts.items() if not isinstance(text, str)]:
         raise BadRow(f"{_names(wrong)} must be text")
     question = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
-    if texts["system"]:
-        messages.insert(0, {"role": "system", "content": texts["system"]})
-    return _conversation(messages, {})
+    messages = [{"role": "system", "content": texts["system"]}] if texts["system"] else []
+    for turn in value.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise BadRow("field 'history' is not a list of pairs of question and answer")
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": texts["output"]}]
+    return _conversation(messages, value)
 
 
 def _pretokenized(ids: Any, labels: Any) -> Pretokenized:
@@ -165,8 +174,26 @@ def _from_sharegpt(turns: Any, system: Any) -> list[dict[str, Any]]:
         if not isinstance(turn, dict) or not ({"from", "role"} & turn.keys()):
             raise BadRow(f"turn {position} has neither 'from' nor 'role'")
         other = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        messages.append({"role": turn.get("from", turn.get("role")), "content": turn.get("value")} | other)
+        message = {"role": turn.get("from", turn.get("role")), "content": turn.get("value")} | other
+        if message["role"] not in _CALLS:
+            messages.append(message)
+            continue
+        calls = _calls(message["content"], f"turn {position} (function call)")
+        if messages and _ROLE_OF.get(str(messages[-1]["role"]), messages[-1]["role"]) == "assistant":
+            messages[-1].setdefault("tool_calls", []).extend(calls)  # says something and calls, or calls twice
+        else:
+            messages.append(message | {"role": "assistant", "content": "", "tool_calls": calls})
     return messages
+
+
+def _calls(text: Any, what: str) -> list[dict[str, Any]]:
+    """One call or a list of them, as JSON text or as objects."""
+    if isinstance(text, str) and text.lstrip().startswith("["):
+        try:
+            text = json.loads(text)
+        except ValueError as error:
+            raise BadRow(f"{what} is not valid JSON: {error}") from None
+    return [_json_object(call, what) for call in (text if isinstance(text, list) else [text])]
 
 
 def _message(given: Any, position: int) -> dict[str, Any]:
@@ -177,11 +204,13 @@ def _message(given: Any, position: int) -> dict[str, Any]:
     role = message["role"] = _ROLE_OF.get(str(given["role"]), given["role"])
     if isinstance(message.get("content"), list):
         message |= _joined(message["content"], position)
-    if role == "tool_call":
-        call = _json_object(message.get("content"), f"message {position} (function call)")
-        message |= {"role": "assistant", "content": "", "tool_calls": [call]}
+    if role in _CALLS:
+        made = _calls(message.get("content"), f"message {position} (function call)")
+        message |= {"role": "assistant", "content": "", "tool_calls": made}
     elif role not in _ROLES:
-        raise BadRow(f"message {position} has role {role!r}; roles are {', '.join(_ROLES)}")
+        raise BadRow(f"message {position} has role {reprlib.repr(role)}; roles are {', '.join(_ROLES)}")
+    if "function_call" in message:  # OpenAI's first form of tool calls
+        message["tool_calls"] = [*message.get("tool_calls", []), message.pop("function_call")]
     if message.get("content") is None and not message.get("tool_calls"):
         raise BadRow(f"message {position} ({role}) has no 'content'")
     if not isinstance(message.get("content"), str | None):
@@ -207,7 +236,10 @@ def _joined(parts: list[Any], position: int) -> dict[str, Any]:
         elif kind == "tool_call":
             calls.append(_json_object(text, f"message {position} (tool call)"))
         else:
-            raise BadRow(f"message {position}: a part of its content is {kind or part!r}; only text can be trained on")
+            raise BadRow(
+                f"message {position}: a part of its content is {reprlib.repr(kind or part)}; only text can be trained "
+                "on"
+            )
     joined: dict[str, Any] = {key: "".join(found) for key, found in texts.items() if found or key == "content"}
     return joined | ({"tool_calls": calls} if calls else {})
 
@@ -221,9 +253,8 @@ def _tool_calls(calls: Any, position: int) -> list[Any]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(f"message {position}: a tool call has no name")
-        arguments = function.get("arguments") or {}
-        if isinstance(arguments, str):
-            arguments = _json_object(arguments, f"message {position} (arguments)")
+        given = function.get("arguments")
+        arguments = {} if given in (None, "") else _json_object(given, f"message {position} (arguments)")
         function = {"name": function["name"], "arguments": arguments}
         found.append({"type": "function"} | (call if "function" in call else {}) | {"function": function})
     return found
@@ -255,13 +286,13 @@ def _tools(tools: Any) -> list[Any] | None:
 
 def _flag(message: dict[str, Any], position: int) -> bool | None:
     """Whether a message says that it is trained or not."""
-    for name in _FLAGS:
-        value = message.get(name)
-        if value in (0, 1):  # True and False are these too
-            return bool(value)
-        if value is not None:
-            raise BadRow(f"message {position} has {name} {value!r}; 0 and 1 are supported")
-    return None
+    given = {name: message[name] for name in _FLAGS if message.get(name) is not None}
+    for name, value in given.items():
+        if value not in (0, 1):  # True and False are these too
+            raise BadRow(f"message {position} has {name} {reprlib.repr(value)}; 0 and 1 are supported")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise BadRow(f"message {position} is to be trained by one of {_names(given)}, and not by another")
+    return bool(next(iter(given.values()))) if given else None
 
 
 _BEFORE = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -24,21 +25,23 @@ from fullft.data.cache import TokenSet, scans_of, waiting
 from fullft.data.formats import BadRow, parse_row
 from fullft.data.prepare import run_pieces
 from fullft.data.quality import plain_text, text_key, words
-from fullft.data.sources import Piece, file_names, pieces, read_piece, read_rows
+from fullft.data.sources import Piece, file_names, hub_dataset, pieces, read_piece, read_rows
 from fullft.errors import BadInput
 from fullft.recipe import Source
 
 WORDS = 13
 _COMMON = 10  # evaluation rows
+_FORMAT = 1  # raise when the same rows give other keys
 _SHOWN = 10
 _FACTORS = numpy.array([pow(0x9E3779B97F4A7C15, power, 1 << 64) for power in range(1, WORDS + 1)], numpy.uint64)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The rows of one evaluation set, by key and by 13-gram. `keys`, `grams`: sorted uint64."""
+    """The rows of one evaluation set by key and by 13-gram, both sorted. `fingerprint`: of its contents."""
 
     name: str
+    fingerprint: str
     keys: NDArray[numpy.uint64]
     grams: NDArray[numpy.uint64]
 
@@ -54,15 +57,32 @@ class Leaks:
     def describe(self, name: str) -> list[str]:
         """A line for each evaluation set that rows of the training set `name` stand in."""
         return [
-            f"{name}: {sum(kinds.values())} rows stand in {evaluated} ({kinds['equal']} equal, "
+            f"{name}: {sum(kinds.values())} rows overlap with {evaluated} ({kinds['equal']} are equal, "
             f"{kinds['overlapping']} share {WORDS} words in a row)"
             for evaluated, kinds in self.counts.items()
             if sum(kinds.values())
         ]
 
 
-def index(name: str, sources: Sequence[Source]) -> Evaluated:
-    """Keys and 13-grams of the rows of an evaluation set. What of it cannot be read is told elsewhere."""
+def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
+    """The rows of an evaluation set, from the cache. What of it cannot be read is told elsewhere."""
+    contents: list[Any] = []
+    with suppress(BadInput):
+        for source in sources:
+            contents += [source.model_dump(exclude={"path"}), [scan.sha256 for scan in scans_of(source, cache)]]
+            contents += [] if contents[-1] else [hub_dataset(source)._fingerprint]
+    key = hashlib.sha256(json.dumps([_FORMAT, contents], default=str).encode()).hexdigest()[:20]
+    file = cache / f"evaluation-{key}.npz"
+    if not file.exists():
+        partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
+        keys, grams = _read_evaluated(sources)
+        numpy.savez(partial, keys=keys, grams=grams)
+        partial.replace(file)
+    with numpy.load(file) as found:
+        return Evaluated(name, key, found["keys"], found["grams"])
+
+
+def _read_evaluated(sources: Sequence[Source]) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]:
     keys, grams = [], []
     hashes = _WordHashes()
     with suppress(BadInput):
@@ -72,7 +92,7 @@ def index(name: str, sources: Sequence[Source]) -> Evaluated:
                 keys.append(text_key(example))
                 grams.append(numpy.unique(_grams(words(plain_text(example)), hashes)))
     all_grams, times = numpy.unique(numpy.concatenate([*grams, numpy.empty(0, numpy.uint64)]), return_counts=True)
-    return Evaluated(name, numpy.unique(numpy.array(keys, numpy.uint64)), all_grams[times <= _COMMON])
+    return numpy.unique(numpy.array(keys, numpy.uint64)), all_grams[times <= _COMMON]
 
 
 class _WordHashes(dict[str, int]):
@@ -81,7 +101,9 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) > 1_000_000:
             self.clear()
-        self[word] = value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        self[word] = value = int.from_bytes(
+            hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
         return value
 
 
@@ -97,7 +119,9 @@ def _grams(text: list[str], hashes: _WordHashes) -> NDArray[numpy.uint64]:
 
 def find_leaks(tokens: TokenSet, evaluated: Sequence[Evaluated], executor: Executor | None = None) -> Leaks:
     """The documents of a prepared set that stand in the evaluation sets; remembered beside the set's tokens."""
-    content = [(one.name, one.keys.tobytes(), one.grams.tobytes()) for one in evaluated]
+    if not evaluated:
+        return Leaks(numpy.empty(0, numpy.int64), {}, [])
+    content = [(one.name, one.fingerprint) for one in evaluated]
     file = tokens.folder / f"leaks-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
     if not file.exists():
         with waiting(filelock.FileLock(file.with_suffix(".lock")), "leaks are looked for by another process"):

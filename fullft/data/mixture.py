@@ -33,7 +33,8 @@ class Mixture:
         """(set, how many of that set came before) of the positions `first` … `first + number - 1`; O(sets) for each.
 
         The k-th of n positions is of a set with share r when ⌊(k+1)·r⌋ > ⌊k·r⌋ (Bresenham's line); the positions that
-        are not its are shared among the other sets in the same way.
+        are not its are shared among the other sets in the same way. Roundings add up to a few positions in the
+        middle of an epoch; at its end every set has had its share exactly.
         """
         place = numpy.arange(number)
         at = numpy.arange(first, first + number, dtype=numpy.int64)
@@ -95,7 +96,7 @@ def mix(
     exact = positions is None and not capped and not any(source.fraction for source in sources)
     uncapped_run = positions is not None and all(math.isinf(cap) for cap in caps)
     if exact or (uncapped_run and not any(source.fraction for source in sources)):
-        rates = _whole([Fraction(source.weight or 1).limit_denominator(1000) * count
+        rates = _whole([Fraction(str(source.weight or 1)) * count
                         for source, count in zip(sources, counts, strict=True)])  # fmt: skip
     else:
         rates = [max(1, round(one / total * _FINEST)) for one in wanted]

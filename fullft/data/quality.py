@@ -9,8 +9,11 @@ from collections import Counter
 
 from fullft.data.formats import Conversation, Pretokenized, Text
 
-_WORD = re.compile(r"\w+")
-_TO_SPACE = {code: " " for code in range(128) if not _WORD.fullmatch(chr(code))}
+# Vowel signs and accents belong to words; a letter of a script without spaces between words is a word.
+_MARKS = "".join(re.escape(chr(code)) for code in range(0x300, 0xFE30) if unicodedata.category(chr(code))[0] == "M")
+_WITHOUT_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|(?:(?![{_WITHOUT_SPACES}])[^\W_]|[{_MARKS}])+")
+_TO_SPACE = {code: " " for code in range(128) if not chr(code).isalnum()}
 _REPLACED, _MOJIBAKE = "replacement characters (�)", "mojibake (UTF-8 read as Latin-1)"
 _HTML = "HTML entities or tags"
 _NOT_ASCII_SIGNS = (_REPLACED, _MOJIBAKE)
@@ -40,7 +43,7 @@ def words(text: str) -> list[str]:
     """Words in lower case without punctuation: two texts with the same words are the same after normalisation."""
     if text.isascii():  # the same, in a fifth of the time
         return text.lower().translate(_TO_SPACE).split()
-    return _WORD.findall(text.lower())
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def text_key(example: Conversation | Text | Pretokenized) -> int:
@@ -50,7 +53,7 @@ def text_key(example: Conversation | Text | Pretokenized) -> int:
     else:
         text = plain_text(example)
         content = " ".join(words(text)) or text
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def troubles(text: str) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +55,10 @@ def open_sequences(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64] 
     folder = tokens.folder / f"sequences-{data.sequence_length}-{kind}-{data.on_too_long}"
     if len(left_out):
         folder = folder.with_name(f"{folder.name}-{_key(left_out)}")
-    if not (folder / "summary.json").exists():
+    if not _is_complete(folder):
         with waiting(filelock.FileLock(folder.with_suffix(".lock")), "sequences are packed by another process"):
             try:
-                if not (folder / "summary.json").exists():
+                if not _is_complete(folder):
                     _write(tokens, data, left_out, folder)
             except BadInput as error:
                 problems += error.problems
@@ -69,6 +68,14 @@ def open_sequences(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64] 
         numpy.load(folder / f"{name}.npy", mmap_mode="r") for name in ("slices", "starts", "lengths")
     )
     return Sequences(tokens, slices, starts, lengths, json.loads((folder / "summary.json").read_text()))
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / "summary.json").read_text())["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _key(documents: NDArray[numpy.int64]) -> str:
@@ -84,11 +91,14 @@ def _write(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64], folder:
         starts = numpy.arange(len(slices) + 1, dtype=numpy.int64)
     lengths = numpy.add.reduceat(slices["length"], starts[:-1]).astype(numpy.int32)
     summary |= {"sequences": len(lengths), "fill": int(lengths.sum()) / (len(lengths) * data.sequence_length)}
-    partial = folder.with_suffix(f".{os.getpid()}.partial")
+    partial = folder.with_suffix(".partial")  # the lock keeps others off it and off a folder that lost a file
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir()
     try:
         for name, array in (("slices", slices), ("starts", starts), ("lengths", lengths)):
             numpy.save(partial / f"{name}.npy", array)
+        summary["bytes"] = {file.name: file.stat().st_size for file in partial.iterdir()}
         (partial / "summary.json").write_text(json.dumps(summary))
         partial.rename(folder)
     finally:

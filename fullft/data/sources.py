@@ -10,6 +10,7 @@ import glob
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,8 @@ def source_files(source: Source) -> list[Path]:
     """
     path = Path(source.path)
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        return files if _is_arrow_folder(path) else _data_files(path, files)
     matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]  # noqa: PTH207
     if not matches:
         if _looks_like_hub_name(source.path):
@@ -67,15 +69,39 @@ def source_files(source: Source) -> list[Path]:
     problems += [
         f"data file {file}: unknown kind; use .jsonl, .json, .parquet, an Arrow folder or a hub name"
         for file in matches
-        if file.suffix not in (".jsonl", ".json", ".parquet")
+        if file.suffix not in _READABLE
     ]
     if problems:
         raise BadInput(problems)
     return matches
 
 
+_READABLE = (".jsonl", ".json", ".parquet")
 # Endings that no hub name has; a dot alone does not make a file: owner/name-2.5.
-_FILES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+_FILES = (*_READABLE, ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+_HELD_OUT = re.compile(r"(^|[-_.])(test|valid|validation|val|dev|eval)([-_.\d]|$)")
+
+
+def _is_arrow_folder(folder: Path) -> bool:
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
+def _data_files(folder: Path, files: list[Path]) -> list[Path]:
+    """The data files of a folder; what else may be data is told, not left out."""
+    found = [file for file in files if file.suffix in _READABLE]
+    problems = [f"data file {file}: unknown kind; use .jsonl, .json or .parquet, or name the others by a glob"
+                for file in files if file.suffix in _FILES and file not in found]  # fmt: skip
+    problems += [f"data file {file} is empty" for file in found if file.stat().st_size == 0]
+    if held_out := [file for file in found if _HELD_OUT.search(file.stem)]:
+        problems.append(
+            f"data folder {folder} holds {held_out[0].name}, which looks like evaluation data: name the files to be "
+            f"read by a glob, e.g. {folder}/train*"
+        )
+    if not found and not problems:
+        problems.append(f"data folder {folder} has no .jsonl, .json or .parquet file")
+    if problems:
+        raise BadInput(problems)
+    return found
 
 
 def _looks_like_hub_name(path: str) -> bool:
@@ -93,8 +119,9 @@ def file_names(source: Source) -> list[str]:
 
 
 def read_by_datasets(source: Source) -> bool:
-    """Whether a source is read by the library `datasets`: an Arrow folder, a folder of files, a hub name."""
-    return Path(source.path).is_dir() or not source_files(source)
+    """Whether a source is read by the library `datasets`: an Arrow folder or a hub name."""
+    path = Path(source.path)
+    return _is_arrow_folder(path) if path.is_dir() else not source_files(source)
 
 
 # Scanning: one pass over the bytes of a file for its hash and for where it can be cut
@@ -132,7 +159,7 @@ def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
         return [Piece(None, bytes=sum(file.stat().st_size for file in files))]
     if read_by_datasets(source):
         count = len(hub_dataset(source))
-        step = max(count // _PIECES, 1000)
+        step = max(count // 32, 1000)  # each piece loads the set anew
         return [Piece(0, start, min(start + step, count), start, min(step, count - start))
                 for start in range(0, count, step)] or [Piece(None)]  # fmt: skip
     found = []
@@ -236,9 +263,15 @@ def _list_items(file: Path) -> Iterator[Any]:
     """The items of the one list in a .json file, decoded one by one from a window over its text."""
     decoder = json.JSONDecoder()
     with file.open(encoding="utf-8-sig") as content:
-        text = content.read(_BLOCK).lstrip()
+        text = ""
+        while not text and (block := content.read(_BLOCK)):
+            text = block.lstrip()
+        if text.startswith("{"):
+            raise BadInput(
+                f"data file {file} must hold a list of rows, it holds an object; one object a line is a .jsonl file"
+            )
         if not text.startswith("["):
-            kind = type(json.loads(text + content.read())).__name__  # damaged JSON raises here
+            kind = type(json.loads(text + content.read(1 << 20))).__name__  # what is no JSON raises here
             raise BadInput(f"data file {file} must hold a list of rows, it holds a {kind}")
         at, items, after_item = 1, 0, False
         while True:
@@ -254,16 +287,22 @@ def _list_items(file: Path) -> Iterator[Any]:
                 raise ValueError(f"expected ',' or ']' after item {items}, found {text[at : at + 20]!r}")
             try:
                 value, end = decoder.raw_decode(text, at)
-            except ValueError:
-                end = len(text)  # cut off by the end of the window, or wrong
-            if end < len(text):
+                whole = end < len(text) - (4 if isinstance(value, int | float) else 0)  # 1 may go on as 1.5
+            except json.JSONDecodeError as error:
+                if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated string"):
+                    raise
+                whole = False  # cut off by the end of the window
+            if whole:
                 yield value
                 at, items, after_item = end, items + 1, True
             elif more := content.read(max(_BLOCK, len(text) - at)):
                 text, at = text[at:] + more, 0
             else:
-                decoder.raw_decode(text, at)  # raises with the reason
-                raise ValueError("the list does not end")
+                value, end = decoder.raw_decode(text, at)  # raises with the reason
+                if end == len(text):
+                    raise ValueError("the list does not end")
+                yield value
+                at, items, after_item = end, items + 1, True
 
 
 def _not_space(text: str, at: int) -> int:
@@ -284,19 +323,27 @@ def _parquet(file: Path) -> Any:
 def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
     groups = None if piece.end is None else range(piece.start, piece.end)
     number = piece.rows_before
+    import pyarrow
+
     try:
         for batch in _parquet(file).iter_batches(batch_size=1024, row_groups=groups):
             for value in batch.to_pylist():
                 number += 1
                 yield Row(str(file), number, _from_columns(value))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(f"data file {file} is damaged: {error}") from None
 
 
 def _dataset_rows(source: Source, start: int, end: int | None) -> Iterator[Row]:
     loaded = hub_dataset(source)
-    part = loaded.select(range(start, len(loaded) if end is None else end))
-    for number, value in enumerate(part, start=start + 1):
+    part = iter(loaded.select(range(start, len(loaded) if end is None else end)))
+    for number in itertools.count(start + 1):
+        try:
+            value = next(part)
+        except StopIteration:
+            return
+        except Exception as error:  # decoding a column may want a library, or find damage
+            raise BadInput(f"data set {source.path} row {number} cannot be read: {error}") from None
         yield Row(source.path, number, _from_columns(value))
 
 
@@ -321,15 +368,14 @@ def hub_dataset(source: Source) -> Any:
     """
     import datasets
 
-    folder = Path(source.path)
     try:
-        if folder.is_dir() and ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-            loaded = datasets.load_from_disk(source.path)
-            if not isinstance(loaded, datasets.DatasetDict):
-                return loaded
-            if source.split not in loaded:
-                raise KeyError(f"it has the splits {', '.join(loaded)}")
-            return loaded[source.split]
-        return datasets.load_dataset(source.path, source.subset, split=source.split)
+        if not Path(source.path).is_dir():
+            return datasets.load_dataset(source.path, source.subset, split=source.split)
+        loaded = datasets.load_from_disk(source.path)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return loaded
+        if source.split not in loaded:
+            raise KeyError(f"it has the splits {', '.join(loaded)}")
+        return loaded[source.split]
     except Exception as error:  # datasets raises many kinds; all mean that the data cannot be had
         raise BadInput(f"data set {source.path} (split {source.split}) cannot be loaded: {error}") from None
