@@ -177,10 +177,9 @@ def beside_trl(folder: Path, rows: list[str], model: Path, megabytes: int, pytho
     for _ in range(3):
         measured, prepared = prepare(folder, file, model)
         rounds.append(measured)
-    summary = json.loads((prepared / "summary.json").read_text())
     (packed,) = prepared.glob("sequences-*/summary.json")
-    fill = json.loads(packed.read_text())["fill"]
-    found["fullft"] = _rates(rounds, count, summary["tokens"]) | {"fill": fill}
+    summary = json.loads(packed.read_text())
+    found["fullft"] = _rates(rounds, count, summary["tokens"]) | {"fill": summary["fill"]}
     (folder / "contender.py").write_text(TRL)
     for name, processes in (("trl", len(os.sched_getaffinity(0))), ("trl_default", 1)):
         rounds, result = [], {}

@@ -101,9 +101,9 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
     if workers is not None and workers < 1:
         raise BadInput(f"--workers: {workers} is not a number of processes")
     from fullft.data.prepare import worker_processes
+    from fullft.data.training import build_batches, open_data, unlikely
     from fullft.engine import geometry
     from fullft.model import load_tokenizer
-    from fullft.preflight import build_batches, open_data
 
     with worker_processes(workers) as executor:
         if executor is None:
@@ -111,6 +111,7 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
         started = time.monotonic()
         sets, warnings = open_data(recipe, load_tokenizer(recipe.model), executor)
         batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
+        warnings += unlikely(recipe, steps, batches)
         for line in [*batches.describe(steps), *(f"warning: {warning}" for warning in warnings)]:
             print(line)
         print(f"ready in {recipe.cache_folder} after {time.monotonic() - started:.1f} s")
@@ -119,17 +120,19 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
 def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> None:
     """Rows with their trained tokens, lengths, duplicates, leaks, trouble."""
     recipe = load_recipe(path, overrides)
-    from fullft.data.inspect import show, write_html
+    from fullft.data.inspect import collect, show
+    from fullft.data.inspect_page import write_page
+    from fullft.data.training import build_batches, open_data, unlikely
     from fullft.engine import geometry
     from fullft.model import load_tokenizer
-    from fullft.preflight import build_batches, open_data
 
     tokenizer = load_tokenizer(recipe.model)
     sets, warnings = open_data(recipe, tokenizer)
     batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
-    show(batches, steps, tokenizer, warnings, rows)
+    view = collect(batches, steps, tokenizer, warnings + unlikely(recipe, steps, batches), rows)
+    show(view)
     if html:
-        write_html(batches, steps, tokenizer, warnings, rows, html)
+        write_page(view, html)
         print(f"\n{html}")
 
 

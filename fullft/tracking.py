@@ -134,6 +134,6 @@ def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
         wandb.teardown()
         run = wandb.init(mode="offline", settings=settings, **arguments)
     run.define_metric("train/global_step")
-    for group in ("train/*", "perf/*", "eval/*", "retention/*", "skill/*"):
+    for group in ("train/*", "perf/*", "data/*", "eval/*", "retention/*", "skill/*"):
         run.define_metric(group, step_metric="train/global_step")
     return run, known["last_step"]

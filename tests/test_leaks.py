@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data import leaks, sources
 from fullft.data.sequences import Sequences
+from fullft.data.training import open_data
 from fullft.errors import BadInput
-from fullft.preflight import open_data, preflight
+from fullft.preflight import preflight
 from fullft.recipe import Recipe
 
 

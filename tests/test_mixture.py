@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data.batches import Batches, Geometry
 from fullft.data.mixture import Mixture, mix
+from fullft.data.training import build_batches, open_data
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
-from fullft.preflight import build_batches, open_data
 from fullft.recipe import Data, Recipe, TrainingSource
 
 TOKENS = 100  # of each sequence, where nothing else is said

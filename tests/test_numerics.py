@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fullft.data.batches import Geometry
 from fullft.data.cache import open_sets
 from fullft.data.sequences import open_sequences
+from fullft.data.training import build_batches
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
-from fullft.preflight import build_batches
 from fullft.recipe import parse_recipe
 
 pytestmark = pytest.mark.ranks

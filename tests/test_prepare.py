@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import hosts
 import psutil
 import pytest
+import ssh_hosts
 from conftest import CPU_RANKS, Launch, chats, losses, write_jsonl, write_recipe
 
 pytestmark = pytest.mark.ranks
@@ -170,6 +172,18 @@ def test_mpi_ranks_share_the_work(fullft: Fullft, whole: dict[str, bytes], proce
     mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes))
     out, _ = fullft.run(*mpirun)
     assert out.count("train: 200 rows") == 1
+    assert fullft.complete() == whole
+
+
+@pytest.mark.cluster
+def test_mpi_ranks_on_two_hosts_share_the_work(fullft: Fullft, whole: dict[str, bytes], tmp_path: Path) -> None:
+    if reason := ssh_hosts.unavailable() or hosts.missing("mpirun"):
+        pytest.skip(reason)
+    network = ("--mca", "btl_tcp_if_include", "eth0", "--mca", "oob_tcp_if_include", "eth0")
+    ranks = ("mpirun", "--allow-run-as-root", *network, "-n", "3", "--host", "n0:2,n1:1")
+    with ssh_hosts.SshHosts(tmp_path / "ssh", n=2) as ssh:
+        command = (*ranks, sys.executable, "-c", FULLFT, "0.002", "-1", "prepare", str(fullft.config))
+        ssh.run_on("n0", *command, env=CPU_RANKS, timeout=120)
     assert fullft.complete() == whole
 
 

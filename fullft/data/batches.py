@@ -114,12 +114,14 @@ class Batches:
         lines = []
         seen = self.mixture.seen(total_steps * self.geometry.global_batch_size)
         of_run = [epochs * one.summary["tokens"] for one, epochs in zip(self.sets, seen, strict=True)]
-        for one, epochs, tokens in zip(self.sets, seen, of_run, strict=True):
+        of_batch = [self.geometry.global_batch_size * rate / sum(self.mixture.rates) for rate in self.mixture.rates]
+        for one, epochs, tokens, sequences in zip(self.sets, seen, of_run, of_batch, strict=True):
             has = one.summary
             lines.append(
                 f"{one.tokens.name}: {one.tokens.summary['rows']:,} rows, {has['documents']:,} documents, "
                 f"{has['tokens']:,} tokens ({has['trained_tokens']:,} trained on), {has['sequences']:,} sequences "
-                f"{has['fill']:.1%} full; {tokens / max(sum(of_run), 1):.1%} of the run's tokens, {epochs:.2f} epochs"
+                f"{has['fill']:.1%} full; {tokens / max(sum(of_run), 1):.1%} of the run's tokens, {epochs:.2f} epochs, "
+                f"{sequences:.3g} of the {self.geometry.global_batch_size} sequences of a step"
             )
         return lines
 

@@ -1,18 +1,16 @@
 """The training data as a person reads them and as the model sees them: on the terminal, and as a page.
 
-`collect` looks at the data once and gives plain text and numbers; `show` and `write_html` put them into shape. Only
-documents that are shown or sampled are read; for all others their entries in the memory-mapped tables are enough.
+`collect` looks at the data once and gives plain text and numbers; `show` prints them, `inspect_page.py` makes a page.
+Only documents that are shown or sampled are read; for all others their entries in the memory-mapped tables are enough.
 """
 
 from __future__ import annotations
 
-import html
 import itertools
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -22,8 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from fullft.data.batches import Batches
 from fullft.data.cache import TokenSet
 from fullft.data.sequences import Sequences
-from fullft.errors import BadInput
-from fullft.retention.report import _STYLE
 
 _TOKENS_SHOWN = 600  # of a longer document: half from its beginning, half from its end
 _SAMPLE = 200  # documents of a set whose ends are looked at
@@ -315,7 +311,7 @@ _PICTURES: dict[int, int] = {code: 0x2400 + code for code in range(32) if chr(co
 _PICTURES |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Text that cannot move the cursor, colour the terminal, or turn the direction of writing."""
     return text.encode("utf-8", "replace").decode().translate(_PICTURES)
 
@@ -323,10 +319,10 @@ def _visible(text: str) -> str:
 # On the terminal
 
 
-def show(batches: Batches, steps: int, tokenizer: PreTrainedTokenizerBase, warnings: Sequence[str], rows: int) -> None:
+def show(view: View) -> None:
     """Print it, in colour on a terminal unless NO_COLOR is set."""
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    text = "\n".join(_lines(collect(batches, steps, tokenizer, warnings, rows), colour))
+    text = "\n".join(_lines(view, colour))
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "replace").decode(encoding), flush=True)
@@ -338,32 +334,32 @@ def _lines(view: View, colour: bool) -> Iterator[str]:
     legend = _marked([Run("trained", True)], colour)
     legend += ", " + _marked([Run("special token", False, "special")], colour) if colour else ""
     for one in view.sets:
-        yield from [_painted(_visible(one.about), "1", colour), *_bar_lines(one)]
+        yield from [_painted(visible(one.about), "1", colour), *_bar_lines(one)]
         yield from itertools.chain.from_iterable(map(_finding_lines, one.findings))
         for title, runs in one.documents:
-            yield from ["", f"{_painted(_visible(title), '1', colour)} ({legend})", _marked(runs, colour).rstrip("\n")]
+            yield from ["", f"{_painted(visible(title), '1', colour)} ({legend})", _marked(runs, colour).rstrip("\n")]
         yield "\n"
     yield from itertools.chain.from_iterable(map(_finding_lines, view.findings))
 
 
 def _finding_lines(finding: Finding) -> Iterator[str]:
-    yield _visible(f"{finding.name:<12}{finding.text}")
+    yield visible(f"{finding.name:<12}{finding.text}")
     rows = [finding.columns, *finding.rows] if finding.columns and finding.rows else finding.rows
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for row in rows:
         cells = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        yield _visible(f"{'':<12}{cells.rstrip()}")
+        yield visible(f"{'':<12}{cells.rstrip()}")
 
 
 def _bar_lines(one: SetView) -> Iterator[str]:
-    yield f"{'lengths':<12}{_axis(one)}"
+    yield f"{'lengths':<12}{axis(one)}"
     most, wide = max(bar.documents for bar in one.bars), max(len(bar.label) for bar in one.bars)
     for bar in one.bars:
         remark = "  above sequence_length" if bar.first > one.limit else ""
         yield f"{'':<12}{bar.label:>{wide}}  {'█' * -(-bar.documents * 40 // most)} {bar.documents:,}{remark}"
 
 
-def _axis(one: SetView) -> str:
+def axis(one: SetView) -> str:
     return f"documents by tokens; sequence_length is {one.limit:,}"
 
 
@@ -376,98 +372,6 @@ def _marked(runs: Sequence[Run], colour: bool) -> str:
     """Trained tokens on green, or in «» without colour; special tokens dim."""
     if colour:
         codes = [";".join(["30;42"] * run.trained + ["2"] * (run.kind != "text")) for run in runs]
-        return "".join(_painted(_visible(run.text), code, True) for run, code in zip(runs, codes, strict=True))
+        return "".join(_painted(visible(run.text), code, True) for run, code in zip(runs, codes, strict=True))
     stretches = ((on, "".join(run.text for run in group)) for on, group in itertools.groupby(runs, lambda r: r.trained))
-    return _visible("".join(f"«{text}»" if trained else text for trained, text in stretches))
-
-
-# As a page
-
-_PAGE_STYLE = """
-h2 { border-top: 1px solid #ddd; padding-top: 1.2rem } h3 { font-size: .95rem; overflow-wrap: anywhere }
-td { overflow-wrap: anywhere; vertical-align: top } td:first-child { white-space: nowrap }
-.document { white-space: pre-wrap; overflow-wrap: anywhere } .special { opacity: .6 }
-mark { background: #bbf7d0; color: inherit }
-p { margin: .5rem 0 } ul { margin: 0; padding-left: 1.2rem }
-svg text { fill: #444 } svg rect { fill: #2563eb } svg .over { fill: #d97706 }
-@media (prefers-color-scheme: dark) {
-  :root { color-scheme: dark } body { background: #16181c; color: #e4e4e4 } td, th, h2 { border-color: #3a3d44 }
-  pre { background: #20232a } figcaption { color: #aaa } mark { background: #14532d }
-  svg text { fill: #bbb } svg rect { fill: #60a5fa } svg .over { fill: #f59e0b }
-}
-"""
-
-
-def write_html(
-    batches: Batches, steps: int, tokenizer: PreTrainedTokenizerBase, warnings: Sequence[str], rows: int, path: Path
-) -> None:
-    """Write it as one page that needs nothing else.
-
-    Raises:
-        BadInput: the file cannot be written.
-    """
-    page = _page(collect(batches, steps, tokenizer, warnings, rows))
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"--html: {path} cannot be written: {error}") from None
-
-
-def _page(view: View) -> str:
-    across = "".join(map(_finding_html, view.findings))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>fullft: training data</title><style>{_STYLE}{_PAGE_STYLE}</style></head><body>
-<h1>fullft: training data</h1>
-{across}
-{"".join(map(_section, view.sets))}
-</body></html>
-"""
-
-
-def _escaped(text: str) -> str:
-    return html.escape(_visible(text))
-
-
-def _section(one: SetView) -> str:
-    legend = "<p><b>rows</b> <mark>trained</mark>, <span class='special'>special token</span></p>"
-    documents = "".join(
-        f"<h3>{_escaped(title)}</h3><pre class='document' dir='auto'>{''.join(map(_run_html, runs))}</pre>"
-        for title, runs in one.documents
-    )
-    findings = "".join(map(_finding_html, one.findings))
-    about = _escaped(one.about.removeprefix(f"{one.name}: "))
-    return f"<h2>{_escaped(one.name)}</h2><p>{about}</p>{_histogram(one)}{findings}{documents and legend + documents}"
-
-
-def _run_html(run: Run) -> str:
-    text = _escaped(run.text)
-    inner = text if run.kind == "text" else f"<span class='special'>{text}</span>"
-    return f"<mark>{inner}</mark>" if run.trained else inner
-
-
-def _finding_html(finding: Finding) -> str:
-    text = f"<p><b>{finding.name}</b> {_escaped(finding.text)}</p>"
-    if not finding.columns:
-        items = "".join(f"<li>{_escaped(row)}</li>" for (row,) in finding.rows)
-        return f"{text}<ul>{items}</ul>" if items else text
-    head = "".join(f"<th>{column}</th>" for column in finding.columns)
-    body = "".join(f"<tr>{''.join(f'<td>{_escaped(cell)}</td>' for cell in row)}</tr>" for row in finding.rows)
-    return f"{text}<table><tr>{head}</tr>{body}</table>" if body else text
-
-
-def _histogram(one: SetView) -> str:
-    """Bars from left to right as SVG, 720 wide, 22 high each; a dashed line below sequence_length."""
-    most, parts = max(bar.documents for bar in one.bars), []
-    for y, bar in zip(itertools.count(22, 22), one.bars, strict=False):
-        width, over = bar.documents / most * 470, " class='over'" if bar.first > one.limit else ""
-        parts.append(f"<text x='150' y='{y + 15}' text-anchor='end'>{bar.label}</text>")
-        parts.append(f"<rect{over} x='160' y='{y + 3}' width='{width:.1f}' height='16'/>")
-        parts.append(f"<text x='{166 + width:.1f}' y='{y + 15}'>{bar.documents:,}</text>")
-        if bar.last == one.limit:
-            parts.append(f"<text x='708' y='{y + 18}' text-anchor='end'>sequence_length</text>")
-            parts.append(f"<path d='M30 {y + 22}H708' stroke='#d97706' stroke-dasharray='4 3'/>")
-    size = f"width='720' height='{26 + 22 * len(one.bars)}'"
-    axes = "<text x='150' y='14' text-anchor='end'>tokens</text><text x='160' y='14'>documents</text>"
-    drawing = f"<svg viewBox='0 0 720 {26 + 22 * len(one.bars)}' {size} font-size='13'>{axes}{''.join(parts)}</svg>"
-    return f"<figure><figcaption>{_axis(one)}</figcaption>{drawing}</figure>"
+    return visible("".join(f"«{text}»" if trained else text for trained, text in stretches))

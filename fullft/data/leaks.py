@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -74,10 +73,12 @@ def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
     key = hashlib.sha256(json.dumps([_FORMAT, contents], default=str).encode()).hexdigest()[:20]
     file = cache / f"evaluation-{key}.npz"
     if not file.exists():
-        partial = file.with_suffix(f".{os.getpid()}.tmp.npz")
-        keys, grams = _read_evaluated(sources)
-        numpy.savez(partial, keys=keys, grams=grams)
-        partial.replace(file)
+        with waiting(filelock.FileLock(file.with_suffix(".lock")), f"{name} is indexed by another process"):
+            if not file.exists():
+                keys, grams = _read_evaluated(sources)
+                partial = file.with_suffix(".tmp.npz")
+                numpy.savez(partial, keys=keys, grams=grams)
+                partial.replace(file)
     with numpy.load(file) as found:
         return Evaluated(name, key, found["keys"], found["grams"])
 
