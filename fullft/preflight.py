@@ -78,7 +78,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
     problems += _prompt_problems(suite, meta) if suite is not None else []
-    opened = attempt(open_data, recipe, tokenizer)
+    opened = attempt(open_data, recipe, tokenizer) if suite is not None else None
     if problems or suite is None or opened is None:
         raise BadInput(problems)
 

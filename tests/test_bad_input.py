@@ -120,7 +120,7 @@ def test_a_file_without_rows_beside_one_that_has_some_is_named(recipe: dict[str,
     [
         ("a.txt", b"text", "unknown kind"),
         ("a.jsonl.gz", b"\x1f\x8b", "unknown kind"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "not valid JSON"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "one object a line is a .jsonl file"),
         ("a.json", b'{"rows": []}', "list of rows"),
         ("a.json", b"[{]", "not valid JSON"),
         ("a.parquet", b"PAR1 not really", "not a Parquet file"),

@@ -755,13 +755,38 @@ def test_bad_data_are_refused_each_time_and_mended_data_are_prepared(prepare: Pr
     assert len(prepare(str(file)).rows) == 1
 
 
-@pytest.mark.parametrize("harm", ["cut short", "gone"])
+def test_splits_of_one_arrow_folder_are_sets_of_their_own(prepare: Prepare, tmp_path: Path) -> None:
+    source = write_kind("arrow folder with splits", tmp_path / "data", chats(5))
+    one, other = (prepare(source | {"split": split}) for split in ("test", "extra"))
+    assert (len(one.rows), len(other.rows)) == (1, 5)
+
+
+def test_a_file_under_another_ending_is_read_anew(prepare: Prepare, tmp_path: Path) -> None:
+    wrong = tmp_path / "a.jsonl"
+    wrong.write_text(json.dumps(chats(3)))
+    assert prepare.refusal(str(wrong))
+    assert len(prepare(str(wrong.rename(tmp_path / "a.json"))).rows) == 3
+
+
+def test_a_tokenizer_that_cuts_or_pads_gives_one_cache(prepare: Prepare, tmp_path: Path) -> None:
+    """Many a tokenizer.json was saved with truncation and padding on."""
+    file = str(write_jsonl(tmp_path / "a.jsonl", chats(3)))
+    first = tokens_of(prepare(file))
+    prepare.tokenizer.backend_tokenizer.enable_truncation(8)
+    prepare.tokenizer.backend_tokenizer.enable_padding()
+    assert tokens_of(prepare(file)) == first
+    assert len(prepare.prepared()) == 1
+
+
+@pytest.mark.parametrize("harm", ["cut short", "gone", "documents gone"])
 def test_a_cache_that_lost_a_part_is_made_anew(prepare: Prepare, tmp_path: Path, harm: str) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", chats(20))
     first = tokens_of(prepare(str(file)))
     (part,) = prepare.cache.glob("*/part-00000.tokens")
     if harm == "gone":
         part.unlink()
+    elif harm == "documents gone":
+        part.with_name("documents.npy").unlink()
     else:
         os.truncate(part, part.stat().st_size - 4)
     assert tokens_of(prepare(str(file))) == first

@@ -19,7 +19,7 @@ from fullft.data.sequences import Sequences
 from fullft.data.training import open_data
 from fullft.errors import BadInput
 from fullft.preflight import preflight
-from fullft.recipe import Recipe
+from fullft.recipe import Recipe, Source
 
 
 @pytest.fixture(scope="module")
@@ -458,6 +458,12 @@ def test_a_changed_training_set_is_looked_through_anew(opened: Open, monkeypatch
     assert opened([*TRAINED, chat("Three?", "three")], EVALUATED).counts() == (2, 1)
     assert opened(TRAINED, EVALUATED, on_leak="drop", sequence_length=512).rows == [CLEAN]
     assert len(looked) == 2
+
+
+def test_an_evaluation_file_that_is_not_there_is_told_and_not_left_out(opened: Open, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="does not exist"):
+        leaks.index("validation", [Source(path=str(tmp_path / "nope.jsonl"))], tmp_path)
+    assert opened(TRAINED).rows
 
 
 def test_without_evaluation_sets_nothing_is_read_for_leaks(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
@@ -31,11 +32,12 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.sources import Scan, file_names, hub_dataset, pieces, scan_file, source_files
+from fullft.data.sources import Scan, file_names, hub_dataset, pieces, read_by_datasets, scan_file, source_files
+from fullft.data.tokens import backend
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
-_FORMAT = 3  # raise when the same input gives other tokens
+_FORMAT = 4  # raise when the same input gives other tokens
 DOCUMENT = numpy.dtype(
     [
         ("start", "i8"),  # of its first token in the set
@@ -122,7 +124,11 @@ def _open_set(
             raise BadInput(f"data set {name} is not prepared in {cache}: run `fullft prepare` with this recipe first")
         with waiting(filelock.FileLock(folder.with_suffix(".lock")), f"data set {name} is prepared by another process"):
             if not is_complete(folder):
+                before = [_stat(file) for file in source_files(source)]
                 write_tokens(name, source, pieces(source, scans), tokenizer, data.train_on, folder, executor)
+                if [_stat(file) for file in source_files(source)] != before:
+                    shutil.rmtree(folder)  # its name is of what the files held before
+                    raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
     summary = json.loads((folder / "summary.json").read_text())
     # An array of no documents cannot be mapped.
     mode: Any = "r" if summary["documents"] else None
@@ -137,8 +143,10 @@ def _open_set(
 def is_complete(folder: Path) -> bool:
     """Whether a prepared set is there whole: a folder that lost a part since is not trusted."""
     try:
-        sizes = json.loads((folder / "summary.json").read_text())["part_bytes"]
-        return all((folder / _part_name(at)).stat().st_size == size for at, size in enumerate(sizes))
+        summary = json.loads((folder / "summary.json").read_text())
+        sizes = {_part_name(at): size for at, size in enumerate(summary["part_bytes"])}
+        sizes["documents.npy"] = summary["documents_bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -160,7 +168,9 @@ def waiting(lock: filelock.BaseFileLock, why: str) -> Iterator[None]:
 def fingerprint(source: Source, scans: list[Scan], train_on: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of all that the tokens depend on: contents of files, tokenizer, template, settings. No path decides."""
     parts: list[Any] = [_FORMAT, train_on, source.format, source.fields, source.limit, tokenizer.chat_template]
-    parts += [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map]
+    parts += [backend(tokenizer).to_str(), tokenizer.special_tokens_map]
+    parts += [source.subset, source.split] if read_by_datasets(source) else []  # another part of the same files
+    parts += [file.suffix for file in source_files(source)]  # it says how a file is read
     parts += [scan.sha256 for scan in scans] or [hub_dataset(source)._fingerprint]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 

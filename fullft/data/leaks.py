@@ -24,8 +24,7 @@ from fullft.data.cache import TokenSet, scans_of, waiting
 from fullft.data.formats import BadRow, parse_row
 from fullft.data.prepare import run_pieces
 from fullft.data.quality import plain_text, text_key, words
-from fullft.data.sources import Piece, file_names, hub_dataset, pieces, read_piece, read_rows
-from fullft.errors import BadInput
+from fullft.data.sources import Piece, file_names, hub_dataset, pieces, read_piece, read_rows, source_files
 from fullft.recipe import Source
 
 WORDS = 13
@@ -64,12 +63,16 @@ class Leaks:
 
 
 def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
-    """The rows of an evaluation set, from the cache. What of it cannot be read is told elsewhere."""
+    """The rows of an evaluation set, from the cache. Rows that cannot be used are told where it is measured.
+
+    Raises:
+        BadInput: a file of it cannot be read.
+    """
     contents: list[Any] = []
-    with suppress(BadInput):
-        for source in sources:
-            contents += [source.model_dump(exclude={"path"}), [scan.sha256 for scan in scans_of(source, cache)]]
-            contents += [] if contents[-1] else [hub_dataset(source)._fingerprint]
+    for source in sources:
+        contents += [source.model_dump(exclude={"path"}), [scan.sha256 for scan in scans_of(source, cache)]]
+        contents += [] if contents[-1] else [hub_dataset(source)._fingerprint]
+        contents += [file.suffix for file in source_files(source)]
     key = hashlib.sha256(json.dumps([_FORMAT, contents], default=str).encode()).hexdigest()[:20]
     file = cache / f"evaluation-{key}.npz"
     if not file.exists():
@@ -86,12 +89,11 @@ def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
 def _read_evaluated(sources: Sequence[Source]) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]:
     keys, grams = [], []
     hashes = _WordHashes()
-    with suppress(BadInput):
-        for row, whose in ((row, source) for source in sources for row in read_rows(source)):
-            with suppress(BadRow):
-                example = parse_row(row.value or {}, whose)
-                keys.append(text_key(example))
-                grams.append(numpy.unique(_grams(words(plain_text(example)), hashes)))
+    for row, whose in ((row, source) for source in sources for row in read_rows(source)):
+        with suppress(BadRow):
+            example = parse_row(row.value or {}, whose)
+            keys.append(text_key(example))
+            grams.append(numpy.unique(_grams(words(plain_text(example)), hashes)))
     all_grams, times = numpy.unique(numpy.concatenate([*grams, numpy.empty(0, numpy.uint64)]), return_counts=True)
     return numpy.unique(numpy.array(keys, numpy.uint64)), all_grams[times <= _COMMON]
 
@@ -120,7 +122,7 @@ def _grams(text: list[str], hashes: _WordHashes) -> NDArray[numpy.uint64]:
 
 def find_leaks(tokens: TokenSet, evaluated: Sequence[Evaluated], executor: Executor | None = None) -> Leaks:
     """The documents of a prepared set that stand in the evaluation sets; remembered beside the set's tokens."""
-    if not evaluated:
+    if not evaluated or not len(tokens.documents):
         return Leaks(numpy.empty(0, numpy.int64), {}, [])
     content = [(one.name, one.fingerprint) for one in evaluated]
     file = tokens.folder / f"leaks-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"

@@ -339,6 +339,7 @@ def _complete(partial: Path, parts: int, source: Source) -> None:
         "source": source.path, "first_bad_rows": bad[:_SHOWN], "scripts": dict(scripts.most_common()),
         "troubles": dict(found_troubles), "troubled_rows": {name: named[:_SHOWN] for name, named in troubled.items()},
         "part_starts": starts, "part_bytes": sizes,
+        "documents_bytes": (partial / "documents.npy").stat().st_size,
     }  # fmt: skip
     _write(partial / "summary.json", json.dumps(summary, indent=1).encode())
     for file in partial.iterdir():

@@ -92,7 +92,8 @@ def _data_files(folder: Path, files: list[Path]) -> list[Path]:
     problems = [f"data file {file}: unknown kind; use .jsonl, .json or .parquet, or name the others by a glob"
                 for file in files if file.suffix in _FILES and file not in found]  # fmt: skip
     problems += [f"data file {file} is empty" for file in found if file.stat().st_size == 0]
-    if held_out := [file for file in found if _HELD_OUT.search(file.stem)]:
+    parts = {file: [*file.relative_to(folder).parts[:-1], file.stem] for file in found}
+    if held_out := [file for file in found if any(_HELD_OUT.search(part) for part in parts[file])]:
         problems.append(
             f"data folder {folder} holds {held_out[0].name}, which looks like evaluation data: name the files to be "
             f"read by a glob, e.g. {folder}/train*"

@@ -73,10 +73,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of plain text, without any special token added."""
-    return list(_backend(tokenizer).encode(text, add_special_tokens=False).ids) if text else []
+    return list(backend(tokenizer).encode(text, add_special_tokens=False).ids) if text else []
 
 
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+def backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """The tokenizer of the library `tokenizers`, as `tokenizer(text)` uses it, without its cost for each call."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
@@ -114,7 +114,7 @@ def _conversation(example: Conversation, tokenizer: PreTrainedTokenizerBase, tra
         for at, (start, end) in zip(turns, spans, strict=True):
             _require_written(example.messages[at], at + 1, text[start:end])
     # Templates write the BOS token themselves: add_special_tokens would double it.
-    encoded = _backend(tokenizer).encode(text, add_special_tokens=False)
+    encoded = backend(tokenizer).encode(text, add_special_tokens=False)
     ids = encoded.ids
     trained = _tokens_at_clean_borders(encoded, spans, len(text))
     if trained is None:
