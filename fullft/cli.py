@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, BadInput
+from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 from fullft.recipe import load_recipe
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,6 +68,9 @@ def main() -> int:
     except BadInput as error:
         print(error.report(), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("fullft: stopped; what is finished is kept", file=sys.stderr)
+        return EXIT_FAILED
     return EXIT_DONE
 
 

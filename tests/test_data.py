@@ -457,6 +457,16 @@ def test_plain_text_is_trained_from_its_second_token_to_the_end_token(tokenizer:
     assert tokens.ids[-1] == tokenizer.eos_token_id
 
 
+def test_texts_that_carry_their_end_token_get_no_second_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenize(Text(TEXTS[0] + END), tokenizer, "all") == tokenize(Text(TEXTS[0]), tokenizer, "all")
+
+
+def test_masks_of_token_ids_are_honoured_and_padding_is_cut(prepare: Prepare, tmp_path: Path) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 0], "completion_mask": [0, 0, 1, 1, 0], "attention_mask": [1, 1, 1, 1, 0]}
+    (found,) = prepare(str(write_jsonl(tmp_path / "a.jsonl", [row]))).rows
+    assert (found["input_ids"], found["trained"]) == ([5, 6, 7, 8], [False, False, True, True])
+
+
 def test_special_tokens_are_not_doubled_with_a_tokenizer_that_adds_them(tokenizer: PreTrainedTokenizerBase) -> None:
     bos, end = (tokenizer.convert_tokens_to_ids(token) for token in (BOS, END))
     tokenizer.bos_token = BOS

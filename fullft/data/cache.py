@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from fullft.data.tokens import backend
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
-_FORMAT = 4  # raise when the same input gives other tokens
+_FORMAT = 5  # raise when the same input gives other tokens
 DOCUMENT = numpy.dtype(
     [
         ("start", "i8"),  # of its first token in the set
@@ -181,7 +182,11 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
     memo = cache / "files.json"
     known = _known_scans(memo)
     if any(known.get(str(file.absolute()), {}).get("stat") != _stat(file) for file in files):
-        with filelock.FileLock(cache / "files.lock"):
+        with (
+            waiting(filelock.FileLock(cache / "files.lock"), "files are read by another process")
+            if os.access(cache, os.W_OK)
+            else nullcontext()
+        ):
             known = _known_scans(memo)
             for file in files:
                 stat, name = _stat(file), str(file.absolute())
@@ -190,9 +195,10 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
                     # A file written a moment ago may change again within the same tick of its clock.
                     settled = time.time_ns() - max(stat[1:3]) > 2e9 and _stat(file) == stat
                     known[name] = scan | {"stat": stat if settled else None}
-            partial = memo.with_suffix(".tmp")
-            partial.write_text(json.dumps(known))
-            partial.replace(memo)
+            with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
+                partial = memo.with_suffix(".tmp")
+                partial.write_text(json.dumps(known))
+                partial.replace(memo)
     found = (known[str(file.absolute())] for file in files)
     return [Scan(scan["sha256"], [(start, lines) for start, lines in scan["cuts"]]) for scan in found]
 

@@ -5,7 +5,7 @@ sharegpt            {"conversations": [{"from": "human" | "gpt" | ..., "value": 
 prompt_completion   {"prompt": ..., "completion": ...}: two message lists, or two strings used as they are (no template)
 alpaca              {"instruction": ..., "input": ... (optional), "output": ..., "system": ... (optional)}
 text                {"text": ...}
-tokens              {"input_ids": [...], "labels": [...] (optional, -100 where there is no loss)}
+tokens              {"input_ids": [...], "labels": [...] (optional, -100 where there is no loss)}, and 0/1 masks if any
 
 Chats may come with `tools` (a list of JSON schemas, or its JSON text). A message is trained or not by its `weight`,
 `loss_weight`, `train`, `training` or `trainable` (0 or 1, false or true) where it has one.
@@ -91,7 +91,7 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pr
         case "alpaca":
             return _alpaca(value)
         case "tokens":
-            return _pretokenized(value["input_ids"], value.get("labels"))
+            return _pretokenized(value)
         case _:
             if not isinstance(value["text"], str) or not value["text"]:
                 raise BadRow("field 'text' is not a text or is empty")
@@ -138,8 +138,13 @@ def _alpaca(value: dict[str, Any]) -> Conversation:
     return _conversation(messages, value)
 
 
-def _pretokenized(ids: Any, labels: Any) -> Pretokenized:
-    labels = ids if labels is None else labels
+_MASKS = ("completion_mask", "assistant_masks", "loss_mask", "attention_mask")
+
+
+def _pretokenized(value: dict[str, Any]) -> Pretokenized:
+    """Labels and masks, as TRL and others write them, all narrow what is trained; padding is cut off."""
+    ids = value["input_ids"]
+    labels = ids if value.get("labels") is None else value["labels"]
     for name, values in (("input_ids", ids), ("labels", labels)):
         if not isinstance(values, list) or any(type(value) is not int for value in values):
             raise BadRow(f"field '{name}' is not a list of whole numbers")
@@ -150,7 +155,17 @@ def _pretokenized(ids: Any, labels: Any) -> Pretokenized:
         raise BadRow(
             f"label {wrong[0]} is neither its input id nor {_IGNORED} (labels are not shifted; trainers shift them)"
         )
-    return Pretokenized(ids, [label != _IGNORED for label in labels])
+    trained = [label != _IGNORED for label in labels]
+    masks = {name: value[name] for name in _MASKS if value.get(name) is not None}
+    for name, mask in masks.items():
+        if not isinstance(mask, list) or len(mask) != len(ids) or any(one not in (0, 1) for one in mask):
+            raise BadRow(f"field '{name}' is not a list of {len(ids)} zeros and ones")
+        trained = [both and bool(one) for both, one in zip(trained, mask, strict=True)]
+    real = [bool(one) for one in masks.get("attention_mask", [1] * len(ids))]
+    return Pretokenized(
+        [token for token, keep in zip(ids, real, strict=True) if keep],
+        [one for one, keep in zip(trained, real, strict=True) if keep],
+    )
 
 
 # Chats

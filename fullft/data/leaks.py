@@ -126,11 +126,11 @@ def find_leaks(tokens: TokenSet, evaluated: Sequence[Evaluated], executor: Execu
         return Leaks(numpy.empty(0, numpy.int64), {}, [])
     content = [(one.name, one.fingerprint) for one in evaluated]
     file = tokens.folder / f"leaks-{hashlib.sha256(repr(content).encode()).hexdigest()[:12]}.json"
-    if not file.exists():
+    if (found := _read(file)) is None:
         with waiting(filelock.FileLock(file.with_suffix(".lock")), "leaks are looked for by another process"):
-            if not file.exists():
+            if _read(file) is None:
                 _write(tokens, evaluated, file, executor)
-    found = json.loads(file.read_text())
+        found = json.loads(file.read_text())
     counts = {one.name: {"equal": 0, "overlapping": 0} for one in evaluated}
     for *_, name, kind in found:
         counts[name][kind] += 1
@@ -142,6 +142,15 @@ def find_leaks(tokens: TokenSet, evaluated: Sequence[Evaluated], executor: Execu
         for (path, row), (_, name, kind) in zip(places, found, strict=False)
     ]
     return Leaks(numpy.unique([document for document, *_ in found]).astype(numpy.int64), counts, examples)
+
+
+def _read(file: Path) -> list[Any] | None:
+    """What is remembered; None if nothing is, or it is damaged."""
+    try:
+        found: list[Any] = json.loads(file.read_text())
+        return found
+    except (OSError, ValueError):
+        return None
 
 
 def _write(tokens: TokenSet, evaluated: Sequence[Evaluated], file: Path, executor: Executor | None) -> None:

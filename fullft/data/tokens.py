@@ -51,9 +51,11 @@ def tokenize(example: Conversation | Text | Pretokenized, tokenizer: PreTrainedT
 
 
 def _text(example: Text, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    prompt = [*beginning(tokenizer), *encode(tokenizer, example.prompt)]
-    text = encode(tokenizer, example.text)
-    if tokenizer.eos_token_id is not None:
+    prompt, text = encode(tokenizer, example.prompt), encode(tokenizer, example.text)
+    first = list(beginning(tokenizer))
+    if (prompt or text)[: len(first)] != first:  # chats that were rendered before have it
+        prompt = first + prompt
+    if tokenizer.eos_token_id is not None and text[-1:] != [tokenizer.eos_token_id]:
         text = [*text, tokenizer.eos_token_id]  # else the model never learns to stop
     return Tokens(prompt + text, [False] * len(prompt) + [True] * len(text))
 

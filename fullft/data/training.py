@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from concurrent.futures import Executor
 
@@ -24,6 +25,19 @@ def open_data(
     Raises:
         BadInput: see `open_sets` and `open_sequences`; or rows leak and data.on_leak is error.
     """
+    try:
+        return _open_data(recipe, tokenizer, executor)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        raise BadInput(
+            f"data.cache_dir: {recipe.cache_folder} cannot be written: {error}; make room, or choose another"
+        ) from None
+
+
+def _open_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, executor: Executor | None
+) -> tuple[list[Sequences], list[str]]:
     data = recipe.data
     sets = open_sets(data, tokenizer, recipe.cache_folder, executor)
     cache = recipe.cache_folder
