@@ -98,7 +98,7 @@ def _write(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64], folder:
     try:
         for name, array in (("slices", slices), ("starts", starts), ("lengths", lengths)):
             numpy.save(partial / f"{name}.npy", array)
-        summary["bytes"] = {file.name: file.stat().st_size for file in partial.iterdir()}
+        summary["bytes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / "summary.json").write_text(json.dumps(summary))
         partial.rename(folder)
     finally:
