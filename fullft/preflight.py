@@ -78,7 +78,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
     problems += _prompt_problems(suite, meta) if suite is not None else []
-    opened = attempt(open_data, recipe, tokenizer) if suite is not None else None
+    # What is wrong with evaluation data has been told by the suite.
+    told_once = recipe if suite is not None else recipe.without_evaluation()
+    opened = attempt(open_data, told_once, tokenizer)
     if problems or suite is None or opened is None:
         raise BadInput(problems)
 

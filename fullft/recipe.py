@@ -279,6 +279,11 @@ class Recipe(Section):
     def cache_folder(self) -> Path:
         return Path(self.data.cache_dir) if self.data.cache_dir else self.run_folder.parent / "cache"
 
+    def without_evaluation(self) -> Recipe:
+        """The same training, nothing measured."""
+        data = self.data.model_copy(update={"validation": []})
+        return self.model_copy(update={"data": data, "retention": Retention()})  # type: ignore[call-arg]
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 

@@ -343,6 +343,16 @@ def test_rows_above_the_limit_are_counted_with_the_longest_and_the_choices(recip
     assert "data.on_too_long=drop, truncate or split" in said
 
 
+def test_training_and_evaluation_data_are_told_together(recipe: dict[str, Any]) -> None:
+    changed, file = with_rows(recipe, [chat("1?", "one"), "{broken"], validation="nowhere/v.jsonl")
+    said = problems(changed)
+    assert any("nowhere/v.jsonl does not exist" in text for text in said)
+    changed["data"]["validation"] = str(write_jsonl(file.with_name("v.jsonl"), ["{broken too"]))
+    said = problems(changed)
+    assert any(text.startswith("task validation: 1 of 1 rows") for text in said)
+    assert any(text.startswith("1 of 2 rows cannot be used") for text in said)
+
+
 def test_bad_and_too_long_rows_are_told_together(recipe: dict[str, Any]) -> None:
     changed, _ = with_rows(recipe, [chat("1?", "one"), chat("2?", "two " * 90), "{broken"], sequence_length=100)
     said = problems(changed)

@@ -22,6 +22,7 @@ from conftest import TEXTS, chat, chats, write_jsonl
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fullft.data import sequences
 from fullft.data.batches import Batches, Geometry
 from fullft.data.cache import open_sets
 from fullft.data.formats import BadRow, Conversation, Text
@@ -763,6 +764,37 @@ def test_bad_data_are_refused_each_time_and_mended_data_are_prepared(prepare: Pr
     assert prepare.refusal(str(file)) == prepare.refusal(str(file))
     write_jsonl(file, [chat("1?", "one")])
     assert len(prepare(str(file)).rows) == 1
+
+
+@pytest.mark.parametrize("on_too_long", ["drop", "truncate", "split"])
+def test_packing_in_chunks_loses_and_doubles_nothing(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_too_long: str
+) -> None:
+    rows = [*chats(40), {"text": " ".join(TEXTS * 3)}, *({"text": text} for text in TEXTS), *chats(9)]
+    file = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    together = prepare(file, sequence_length=100, on_too_long=on_too_long)
+    expected = tokens_of(together), places_of(together)
+    (made,) = (folder for folder in prepare.cache.glob("*/sequences-*") if folder.is_dir())
+    made.rename(made.with_name("aside"))
+    monkeypatch.setattr(sequences, "_CHUNK", 7)
+    chunked = prepare(file, sequence_length=100, on_too_long=on_too_long)
+    assert (tokens_of(chunked), places_of(chunked)) == expected
+    for name in ("documents", "tokens", "trained_tokens", "too_long_rows", "tokens_cut", "trained_tokens_cut"):
+        assert chunked.summary.get(name) == together.summary.get(name)
+    (one,) = chunked.sets
+    assert all(length <= 100 for length in one.lengths)
+    spans = itertools.pairwise(one.starts.tolist())
+    assert one.lengths.tolist() == [int(one.slices["length"][start:end].sum()) for start, end in spans]
+
+
+def test_a_longest_row_of_a_later_chunk_is_named(
+    prepare: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequences, "_CHUNK", 2)
+    file = write_jsonl(tmp_path / "a.jsonl", [*chats(5), *LONG])
+    (said,) = prepare.refusal(str(file), sequence_length=64)
+    assert said.startswith("data.sequence_length: 2 of 9 rows")
+    assert f"({file} row " in said
 
 
 def test_splits_of_one_arrow_folder_are_sets_of_their_own(prepare: Prepare, tmp_path: Path) -> None:

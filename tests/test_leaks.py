@@ -466,6 +466,15 @@ def test_an_evaluation_file_that_is_not_there_is_told_and_not_left_out(opened: O
     assert opened(TRAINED).rows
 
 
+def test_a_damaged_index_is_made_anew(opened: Open, tmp_path: Path) -> None:
+    evaluated = [chat(numbered(0, 21), "b")]
+    before = opened(TRAINED, evaluated).warnings
+    (index,) = tmp_path.rglob("evaluation-*.npz")
+    for damage in (b"", index.read_bytes()[:-40]):
+        index.write_bytes(damage)
+        assert opened(TRAINED, evaluated).warnings == before
+
+
 def test_without_evaluation_sets_nothing_is_read_for_leaks(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tens of gigabytes are not read a second time to be compared with nothing."""
     looked = searched(monkeypatch)

@@ -132,6 +132,26 @@ def test_a_killed_preparation_is_not_trusted_and_goes_on_where_it_stopped(
     assert not list(fullft.cache.glob("*.partial"))
 
 
+def test_a_file_that_changes_while_it_is_prepared_is_told_and_never_taken_for_the_old_one(
+    fullft: Fullft, recipe: dict[str, Any], whole: dict[str, bytes]
+) -> None:
+    file = Path(recipe["data"]["train"])
+    old = file.read_bytes()
+    process = fullft.start(pause=0.01)
+    wait_for(lambda: fullft.parts() >= 2)
+    file.write_bytes(old.replace(b"number", b"NUMBER"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "its files changed while they were prepared; start again" in err
+    process = fullft.start(pause=0.01)  # the same with a preparation that is killed before it can tell
+    wait_for(lambda: fullft.parts() >= 2)
+    file.write_bytes(old)
+    process.kill()
+    process.communicate()
+    fullft.run()
+    assert fullft.complete() == whole
+
+
 def test_a_killed_worker_is_told_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes]) -> None:
     _, err = fullft.run(kill_at=60, code=2)
     assert "a worker process was killed (out of memory?); start again" in err

@@ -8,7 +8,9 @@ new tokens. A folder is written under another name and renamed when it is comple
   part-00000.tokens   int32 for each token: its id where it is trained, ~id where it is not
   documents.npy       one `DOCUMENT` for each row that can be used
   summary.json        what became of the rows; sizes of the parts
-  sequences-…/        documents packed into sequences of one length: see `batches.py`
+  sequences-…/        documents packed into sequences of one length: see `sequences.py`
+  leaks-….json        documents that stand in evaluation sets: see `leaks.py`
+<cache>/files.json    hashes of files; evaluation-….npz: the words of evaluation sets
 
 One process prepares while the others wait on a file lock: no collective is open meanwhile, so no time-out of one can
 end the run.
@@ -33,7 +35,7 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.sources import Scan, file_names, hub_dataset, pieces, read_by_datasets, scan_file, source_files
+from fullft.data.sources import Scan, file_names, hub_dataset, read_by_datasets, scan_file, source_files, stat_of
 from fullft.data.tokens import backend
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
@@ -72,7 +74,7 @@ class TokenSet:
         firsts = self.summary["part_starts"]
         part = int(numpy.searchsorted(firsts, start, side="right")) - 1
         if part not in self._parts:
-            self._parts[part] = numpy.memmap(self.folder / _part_name(part), numpy.int32, "r")
+            self._parts[part] = numpy.memmap(self.folder / part_name(part), numpy.int32, "r")
         stored = self._parts[part][start - firsts[part] : start - firsts[part] + length]
         trained = stored >= 0
         return numpy.where(trained, stored, ~stored), trained
@@ -83,7 +85,19 @@ class TokenSet:
         return self.files[int(found["file"])], int(found["row"])
 
 
-def _part_name(number: int) -> str:
+def write_npy(raw: Path, npy: Path, dtype: numpy.dtype[Any]) -> None:
+    """Put the header of numpy's format before raw records, without holding them in memory."""
+    header = {"descr": numpy.lib.format.dtype_to_descr(dtype), "fortran_order": False,
+              "shape": (raw.stat().st_size // dtype.itemsize,)}  # fmt: skip
+    with npy.open("wb") as out, raw.open("rb") as records:
+        numpy.lib.format.write_array_header_1_0(out, header)
+        shutil.copyfileobj(records, out, 1 << 20)
+        out.flush()
+        os.fsync(out.fileno())
+    raw.unlink()
+
+
+def part_name(number: int) -> str:
     return f"part-{number:05}.tokens"
 
 
@@ -125,11 +139,7 @@ def _open_set(
             raise BadInput(f"data set {name} is not prepared in {cache}: run `fullft prepare` with this recipe first")
         with waiting(filelock.FileLock(folder.with_suffix(".lock")), f"data set {name} is prepared by another process"):
             if not is_complete(folder):
-                before = [_stat(file) for file in source_files(source)]
-                write_tokens(name, source, pieces(source, scans), tokenizer, data.train_on, folder, executor)
-                if [_stat(file) for file in source_files(source)] != before:
-                    shutil.rmtree(folder)  # its name is of what the files held before
-                    raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
+                write_tokens(name, source, scans, tokenizer, data.train_on, folder, executor)
     summary = json.loads((folder / "summary.json").read_text())
     # An array of no documents cannot be mapped.
     mode: Any = "r" if summary["documents"] else None
@@ -145,7 +155,7 @@ def is_complete(folder: Path) -> bool:
     """Whether a prepared set is there whole: a folder that lost a part since is not trusted."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
-        sizes = {_part_name(at): size for at, size in enumerate(summary["part_bytes"])}
+        sizes = {part_name(at): size for at, size in enumerate(summary["part_bytes"])}
         sizes["documents.npy"] = summary["documents_bytes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
@@ -181,7 +191,7 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
     files = source_files(source)
     memo = cache / "files.json"
     known = _known_scans(memo)
-    if any(known.get(str(file.absolute()), {}).get("stat") != _stat(file) for file in files):
+    if not all(_is_known(file, known) for file in files):
         with (
             waiting(filelock.FileLock(cache / "files.lock"), "files are read by another process")
             if os.access(cache, os.W_OK)
@@ -189,23 +199,22 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
         ):
             known = _known_scans(memo)
             for file in files:
-                stat, name = _stat(file), str(file.absolute())
-                if known.get(name, {}).get("stat") != stat:
-                    scan = asdict(scan_file(file))
+                if not _is_known(file, known):
+                    scan = scan_file(file)
                     # A file written a moment ago may change again within the same tick of its clock.
-                    settled = time.time_ns() - max(stat[1:3]) > 2e9 and _stat(file) == stat
-                    known[name] = scan | {"stat": stat if settled else None}
+                    settled = time.time_ns() - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
+                    known[str(file.absolute())] = asdict(scan) | {"settled": settled}
             with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
                 partial = memo.with_suffix(".tmp")
                 partial.write_text(json.dumps(known))
                 partial.replace(memo)
     found = (known[str(file.absolute())] for file in files)
-    return [Scan(scan["sha256"], [(start, lines) for start, lines in scan["cuts"]]) for scan in found]
+    return [Scan(scan["sha256"], [(start, lines) for start, lines in scan["cuts"]], scan["stat"]) for scan in found]
 
 
-def _stat(file: Path) -> list[int]:
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+def _is_known(file: Path, known: dict[str, Any]) -> bool:
+    scan = known.get(str(file.absolute()), {})
+    return bool(scan.get("settled")) and scan["stat"] == stat_of(file)
 
 
 def _known_scans(memo: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -75,15 +76,23 @@ def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
         contents += [file.suffix for file in source_files(source)]
     key = hashlib.sha256(json.dumps([_FORMAT, contents], default=str).encode()).hexdigest()[:20]
     file = cache / f"evaluation-{key}.npz"
-    if not file.exists():
+    if (found := _remembered(file)) is None:
         with waiting(filelock.FileLock(file.with_suffix(".lock")), f"{name} is indexed by another process"):
-            if not file.exists():
-                keys, grams = _read_evaluated(sources)
+            if (found := _remembered(file)) is None:
+                found = _read_evaluated(sources)
                 partial = file.with_suffix(".tmp.npz")
-                numpy.savez(partial, keys=keys, grams=grams)
+                numpy.savez(partial, keys=found[0], grams=found[1])
                 partial.replace(file)
-    with numpy.load(file) as found:
-        return Evaluated(name, key, found["keys"], found["grams"])
+    return Evaluated(name, key, *found)
+
+
+def _remembered(file: Path) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]] | None:
+    """Keys and grams of an index; None if it is not there, or damaged."""
+    try:
+        with numpy.load(file) as found:
+            return found["keys"], found["grams"]
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None
 
 
 def _read_evaluated(sources: Sequence[Source]) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]]:

@@ -1,12 +1,11 @@
 """Rows → tokens on disk, piece by piece, on all cores or over hosts by MPI.
 
-A piece is read, tokenized and written by one process, which holds one row at a time; a part that is on disk under its
-own name is whole, so a killed preparation goes on with the parts that are missing.
+A piece is read, tokenized and written by one process, which holds one row at a time (of Parquet, one row group); a part
+that is on disk under its own name is whole, so a killed preparation goes on with the parts that are missing.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import multiprocessing
@@ -17,7 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
@@ -29,10 +28,10 @@ import numpy
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fullft.data.cache import DOCUMENT, _part_name
+from fullft.data.cache import DOCUMENT, part_name, write_npy
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
 from fullft.data.quality import plain_text, script, text_key, troubles
-from fullft.data.sources import Piece, Row, file_names, read_piece
+from fullft.data.sources import Piece, Row, Scan, file_names, pieces, read_piece, source_files, stat_of
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Source
@@ -52,7 +51,7 @@ class Work:
 def write_tokens(
     name: str,
     source: Source,
-    pieces: Sequence[Piece],
+    scans: list[Scan],
     tokenizer: PreTrainedTokenizerBase,
     train_on: str,
     folder: Path,
@@ -61,48 +60,49 @@ def write_tokens(
     """Tokenize all pieces of a set into `folder`, which appears when it is complete. The caller holds the set's lock.
 
     Raises:
-        BadInput: the data cannot be read, the disk is full, or a worker was killed.
+        BadInput: the data cannot be read, changed since `scans`, or a worker was killed.
+        OSError: the disk is full; the parts written so far are used again.
     """
     partial = folder.with_suffix(".partial")
+    stats, mark = [scan.stat for scan in scans], partial / "stats.json"
+    if partial.exists() and (not mark.exists() or json.loads(mark.read_text()) != stats):
+        shutil.rmtree(partial)  # parts of files as they were at another time
     partial.mkdir(parents=True, exist_ok=True)
+    _write(mark, json.dumps(stats).encode())
     work = partial / "work.pickle"
-    try:
-        work.write_bytes(pickle.dumps(Work(source, tokenizer, train_on)))
-        missing = [number for number in range(len(pieces)) if not (partial / f"part-{number:05}.json").exists()]
-        if len(missing) < len(pieces):
-            print(f"{name}: {len(pieces) - len(missing)} of {len(pieces)} parts were prepared before", flush=True)
-        run_pieces(tokenize_piece, work, {number: pieces[number] for number in missing}, f"preparing {name}", executor)
-        _complete(partial, len(pieces), source)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise BadInput(
-            f"data.cache_dir: no space left in {folder.parent} while data set {name} was prepared; free some (about 5 "
-            "bytes a token), or choose another; the parts written so far are used again"
-        ) from None
+    work.write_bytes(pickle.dumps(Work(source, tokenizer, train_on)))
+    cut = pieces(source, scans)
+    missing = {number: piece for number, piece in enumerate(cut) if not (partial / f"part-{number:05}.json").exists()}
+    if len(missing) < len(cut):
+        print(f"{name}: {len(cut) - len(missing)} of {len(cut)} parts were prepared before", flush=True)
+    run_pieces(tokenize_piece, work, missing, f"preparing {name}", executor)
+    if scans and [stat_of(file) for file in source_files(source)] != stats:
+        shutil.rmtree(partial)  # the folder's name is of what the files held before
+        raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
+    _complete(partial, len(cut))
     shutil.rmtree(folder, ignore_errors=True)  # one that has lost a part
     partial.rename(folder)
 
 
-def run_pieces(action: Any, work: Path, pieces: dict[int, Piece], title: str, executor: Executor | None) -> list[Any]:
-    """action(work, number, piece) for all pieces, in processes; their results in order of the numbers.
+def run_pieces(action: Any, work: Path, todo: dict[int, Piece], title: str, executor: Executor | None) -> list[Any]:
+    """action(work, number, piece) for all of them, in processes; their results in order of the numbers.
 
     Raises:
         BadInput: what an action raised, or a process was killed.
     """
     results: dict[int, Any] = {}
-    with _progress(sum(piece.bytes for piece in pieces.values()), title) as advance:
-        if executor is None and (len(pieces) < 2 or usable_cores() < 2):
-            for number, piece in pieces.items():
+    with _progress(sum(piece.bytes for piece in todo.values()), title) as advance:
+        if executor is None and (len(todo) < 2 or usable_cores() < 2):
+            for number, piece in todo.items():
                 results[number] = action(work, number, piece)
                 advance(piece.bytes)
             return [results[number] for number in sorted(results)]
         with _local_processes(usable_cores()) if executor is None else nullcontext(executor) as pool:
-            running = {pool.submit(action, work, number, piece): number for number, piece in pieces.items()}
+            running = {pool.submit(action, work, number, piece): number for number, piece in todo.items()}
             try:
                 for done in as_completed(running):
                     results[running[done]] = done.result()
-                    advance(pieces[running[done]].bytes)
+                    advance(todo[running[done]].bytes)
             except BrokenProcessPool:
                 raise BadInput(
                     f"{title}: a worker process was killed (out of memory?); start again, the finished parts are kept"
@@ -219,7 +219,7 @@ def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
     counts = _Counts()
     documents = []
     numbers = {name: number for number, name in enumerate(file_names(work.source))}
-    final = work_file.parent / _part_name(number)
+    final = work_file.parent / part_name(number)
     partial = final.with_suffix(f".{os.getpid()}.tmp")
     try:
         with partial.open("wb") as content:
@@ -306,7 +306,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
 # When all parts are there
 
 
-def _complete(partial: Path, parts: int, source: Source) -> None:
+def _complete(partial: Path, parts: int) -> None:
     """Join the parts' documents and counts; what the workers needed is removed."""
     totals: Counter[str] = Counter(
         rows=0, documents=0, tokens=0, trained_tokens=0, bad_rows=0, rows_with_lost_reasoning=0
@@ -319,7 +319,7 @@ def _complete(partial: Path, parts: int, source: Source) -> None:
     with (partial / "documents.raw").open("wb") as joined:
         at = 0
         for number in range(parts):
-            tokens = partial / _part_name(number)
+            tokens = partial / part_name(number)
             counted = json.loads(tokens.with_suffix(".json").read_text())
             documents = numpy.fromfile(tokens.with_suffix(".documents"), DOCUMENT)
             documents["start"] += at
@@ -333,25 +333,14 @@ def _complete(partial: Path, parts: int, source: Source) -> None:
             bad += counted["bad"]
             for trouble, named in counted["troubled"].items():
                 troubled.setdefault(trouble, []).extend(named)
-        _flush(joined)
-    _as_npy(partial / "documents.raw", partial / "documents.npy")
+    write_npy(partial / "documents.raw", partial / "documents.npy", DOCUMENT)
     summary: dict[str, Any] = dict(totals) | {
-        "source": source.path, "first_bad_rows": bad[:_SHOWN], "scripts": dict(scripts.most_common()),
+        "first_bad_rows": bad[:_SHOWN], "scripts": dict(scripts.most_common()),
         "troubles": dict(found_troubles), "troubled_rows": {name: named[:_SHOWN] for name, named in troubled.items()},
         "part_starts": starts, "part_bytes": sizes,
         "documents_bytes": (partial / "documents.npy").stat().st_size,
     }  # fmt: skip
     _write(partial / "summary.json", json.dumps(summary, indent=1).encode())
     for file in partial.iterdir():
-        if file.suffix in (".json", ".documents", ".pickle", ".raw", ".tmp") and file.name != "summary.json":
+        if file.suffix in (".json", ".documents", ".pickle", ".tmp") and file.name != "summary.json":
             file.unlink()
-
-
-def _as_npy(raw: Path, npy: Path) -> None:
-    """Put the header of numpy's format before raw records, without holding them in memory."""
-    count = raw.stat().st_size // DOCUMENT.itemsize
-    with npy.open("wb") as out, raw.open("rb") as records:
-        header = {"descr": numpy.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (count,)}
-        numpy.lib.format.write_array_header_1_0(out, header)
-        shutil.copyfileobj(records, out, 1 << 20)
-        _flush(out)

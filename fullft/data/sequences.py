@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ import filelock
 import numpy
 from numpy.typing import NDArray
 
-from fullft.data.cache import TokenSet, row_problems, waiting
+from fullft.data.cache import TokenSet, row_problems, waiting, write_npy
 from fullft.data.packing import pack
 from fullft.errors import BadInput
 from fullft.recipe import Data
 
+_CHUNK = 1 << 18  # documents packed together; the last sequence of a chunk may stay half empty
 SLICE = numpy.dtype([("start", "i8"), ("document", "i4"), ("length", "i4")])  # start: token of the set
 
 
@@ -83,21 +86,39 @@ def _key(documents: NDArray[numpy.int64]) -> str:
 
 
 def _write(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64], folder: Path) -> None:
-    slices, summary = fit(tokens, data, left_out)
-    if data.packing:
-        order, starts = pack(slices["length"], data.sequence_length)
-        slices = slices[order]
-    else:
-        starts = numpy.arange(len(slices) + 1, dtype=numpy.int64)
-    lengths = numpy.add.reduceat(slices["length"], starts[:-1]).astype(numpy.int32)
-    summary |= {"sequences": len(lengths), "fill": int(lengths.sum()) / (len(lengths) * data.sequence_length)}
+    """Cut and pack the documents in chunks, so that memory does not grow with their number; only lengths are kept."""
+    _require_short(tokens, data, left_out)
     partial = folder.with_suffix(".partial")  # the lock keeps others off it and off a folder that lost a file
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir()
+    totals: Counter[str] = Counter(left_out=len(left_out))
+    counts: list[NDArray[numpy.int32]] = []  # slices of each sequence
+    lengths: list[NDArray[numpy.int32]] = []
     try:
-        for name, array in (("slices", slices), ("starts", starts), ("lengths", lengths)):
-            numpy.save(partial / f"{name}.npy", array)
+        with (partial / "slices.raw").open("wb") as written:
+            for first, documents in _chunks(tokens):
+                slices, what = fit(tokens, documents, first, data, left_out)
+                totals.update(what)
+                if not len(slices):
+                    continue
+                starts = numpy.arange(len(slices) + 1)
+                if data.packing:
+                    order, starts = pack(slices["length"], data.sequence_length)
+                    slices = slices[order]
+                written.write(slices.tobytes())
+                counts.append(numpy.diff(starts).astype(numpy.int32))
+                lengths.append(numpy.add.reduceat(slices["length"], starts[:-1]).astype(numpy.int32))
+        if not lengths:
+            long, out = totals["too_long_rows"], len(left_out)
+            why = f"{long} rows were above data.sequence_length" if long else f"{out} rows were left out"
+            raise BadInput(f"data set {tokens.name}: nothing left to train on ({why})")
+        write_npy(partial / "slices.raw", partial / "slices.npy", SLICE)
+        all_lengths = numpy.concatenate(lengths)
+        numpy.save(partial / "starts.npy", numpy.concatenate([[0], numpy.cumsum(numpy.concatenate(counts))]))
+        numpy.save(partial / "lengths.npy", all_lengths)
+        fill = int(all_lengths.sum()) / (len(all_lengths) * data.sequence_length)
+        summary: dict[str, Any] = dict(totals) | {"sequences": len(all_lengths), "fill": fill}
         summary["bytes"] = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         (partial / "summary.json").write_text(json.dumps(summary))
         partial.rename(folder)
@@ -105,56 +126,71 @@ def _write(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64], folder:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fit(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64]) -> tuple[NDArray[Any], dict[str, Any]]:
-    """The documents as slices of at most sequence_length tokens, in order, and what became of those that are longer.
+def _chunks(tokens: TokenSet) -> Iterator[tuple[int, NDArray[Any]]]:
+    """(number of the first, copies of the documents) of each chunk; mapped anew, as mapped pages count as used."""
+    for first in range(0, len(tokens.documents), _CHUNK):
+        mapped = numpy.load(tokens.folder / "documents.npy", mmap_mode="r")
+        yield first, numpy.array(mapped[first : first + _CHUNK])
 
-    Raises:
-        BadInput: some are too long and data.on_too_long is error, or nothing is left to train on.
-    """
-    documents, limit = tokens.documents, data.sequence_length
-    lengths = documents["length"].astype(numpy.int32)
-    wanted = numpy.ones(len(lengths), numpy.bool_)
-    wanted[left_out] = False
-    long = numpy.flatnonzero(wanted & (lengths > limit))
-    if len(long) and data.on_too_long == "error":
-        longest = int(long[numpy.argmax(lengths[long])])
-        file, row = tokens.place(longest)
+
+def _wanted(first: int, count: int, left_out: NDArray[numpy.int64]) -> NDArray[numpy.bool_]:
+    wanted = numpy.ones(count, numpy.bool_)
+    wanted[left_out[(left_out >= first) & (left_out < first + count)] - first] = False
+    return wanted
+
+
+def _require_short(tokens: TokenSet, data: Data, left_out: NDArray[numpy.int64]) -> None:
+    """Raises BadInput when documents are too long and data.on_too_long is error."""
+    if data.on_too_long != "error":
+        return
+    many = longest = longest_at = 0
+    for first, documents in _chunks(tokens):
+        lengths = documents["length"] * _wanted(first, len(documents), left_out)
+        many += int((lengths > data.sequence_length).sum())
+        if lengths.max() > longest:
+            longest, longest_at = int(lengths.max()), first + int(lengths.argmax())
+    if many:
+        file, row = tokens.place(longest_at)
         raise BadInput(
-            f"data.sequence_length: {len(long)} of {tokens.summary['rows']} rows have more than {limit} tokens, the "
-            f"longest {lengths[longest]} ({file} row {row}); raise it, or choose data.on_too_long=drop, truncate or "
+            f"data.sequence_length: {many} of {tokens.summary['rows']} rows have more than {data.sequence_length} "
+            f"tokens, the longest {longest} ({file} row {row}); raise it, or choose data.on_too_long=drop, truncate or "
             "split"
         )
+
+
+def fit(
+    tokens: TokenSet, documents: NDArray[Any], first: int, data: Data, left_out: NDArray[numpy.int64]
+) -> tuple[NDArray[Any], dict[str, int]]:
+    """Documents (from number `first` on) as slices of at most sequence_length tokens, in order, and what became of
+    those that are longer."""
+    limit = data.sequence_length
+    lengths = documents["length"]
+    wanted = _wanted(first, len(documents), left_out)
+    long = numpy.flatnonzero(wanted & (lengths > limit))
     short = numpy.flatnonzero(wanted & (lengths <= limit))
     slices = numpy.empty(len(short), SLICE)
-    slices["start"], slices["document"], slices["length"] = documents["start"][short], short, lengths[short]
+    slices["start"], slices["document"], slices["length"] = documents["start"][short], short + first, lengths[short]
     cut = [] if data.on_too_long == "drop" else [
-        (start, document, length, trained)
+        (start, document + first, length, trained)
         for document in long.tolist()
-        for start, length, trained in _cut(tokens, document, limit, data.on_too_long)
+        for start, length, trained in _cut(tokens, documents[document], limit, data.on_too_long)
     ]  # fmt: skip
     useful = [(start, document, length) for start, document, length, trained in cut if trained]
-    kept_tokens = int(lengths[short].sum()) + sum(length for _, _, length in useful)
-    slices = numpy.concatenate([slices, numpy.array(useful, SLICE)]) if useful else slices
     if useful:
+        slices = numpy.concatenate([slices, numpy.array(useful, SLICE)])
         slices = slices[numpy.argsort(slices["start"], kind="stable")]
-    trained_tokens = int(documents["trained"][short].sum()) + sum(trained for *_, trained in cut)
-    summary = {
-        "documents": len(slices), "tokens": kept_tokens, "trained_tokens": trained_tokens, "too_long_rows": len(long),
+    return slices, {
+        "documents": len(slices), "tokens": int(slices["length"].sum()), "too_long_rows": len(long),
+        "trained_tokens": int(documents["trained"][short].sum()) + sum(trained for *_, trained in cut),
         "tokens_cut": int(lengths[long].sum()) - sum(length for _, _, length, _ in cut),
         "trained_tokens_cut": int(documents["trained"][long].sum()) - sum(trained for *_, trained in cut),
-        "documents_without_trained_tokens": len(cut) - len(useful), "left_out": len(left_out),
+        "documents_without_trained_tokens": len(cut) - len(useful),
     }  # fmt: skip
-    if not len(slices):
-        why = (
-            f"{len(long)} rows were above data.sequence_length" if len(long) else f"{len(left_out)} rows were left out"
-        )
-        raise BadInput(f"data set {tokens.name}: nothing left to train on ({why})")
-    return slices, summary
 
 
-def _cut(tokens: TokenSet, document: int, limit: int, on_too_long: str) -> list[tuple[int, int, int]]:
+def _cut(tokens: TokenSet, document: Any, limit: int, on_too_long: str) -> list[tuple[int, int, int]]:
     """(start, length, trained tokens) of the pieces of a long document; the first token of a piece is never trained."""
-    start, length = int(tokens.documents["start"][document]), int(tokens.documents["length"][document])
+    start, length = int(document["start"]), int(document["length"])
     _, trained = tokens.read(start, length)
     begins = range(0, length, limit) if on_too_long == "split" else [0]
     return [

@@ -1,7 +1,7 @@
 """Files, folders and hub names → rows, in pieces that can be read apart from each other.
 
 JSONL and JSON are read here and not by `datasets`, because only so has every row its number in its file, and one bad
-line is one bad row. Everything is read as a stream: no file needs to fit into memory.
+line is one bad row. Everything is read as a stream: no file needs to fit into memory, of Parquet only a row group.
 """
 
 from __future__ import annotations
@@ -130,15 +130,23 @@ def read_by_datasets(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Scan:
-    """sha256 of a file, and (byte, lines before it) where its pieces start if it is .jsonl."""
+    """sha256 of a file, (byte, lines before it) where its pieces start if it is .jsonl, and its `stat_of` when read."""
 
     sha256: str
     cuts: list[tuple[int, int]]
+    stat: list[int]
+
+
+def stat_of(file: Path) -> list[int]:
+    """Size, times of modification and change in nanoseconds, inode: another list, another content."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
 def scan_file(file: Path) -> Scan:
     """Hash a file, and cut it at ends of lines: pieces depend on its content alone."""
-    size = file.stat().st_size
+    stat = stat_of(file)
+    size = stat[0]
     step = min(max(size // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
     digest, cuts, at, lines, due = hashlib.sha256(), [(0, 0)], 0, 0, step
     with file.open("rb") as content:
@@ -150,7 +158,7 @@ def scan_file(file: Path) -> Scan:
                     due = at + end + 1 + step
                 lines += block.count(b"\n")
             at += len(block)
-    return Scan(digest.hexdigest(), [cut for cut in cuts if cut[0] < at] or [(0, 0)])
+    return Scan(digest.hexdigest(), [cut for cut in cuts if cut[0] < at] or [(0, 0)], stat)
 
 
 def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
@@ -322,10 +330,10 @@ def _parquet(file: Path) -> Any:
 
 
 def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
-    groups = None if piece.end is None else range(piece.start, piece.end)
-    number = piece.rows_before
     import pyarrow
 
+    groups = None if piece.end is None else range(piece.start, piece.end)
+    number = piece.rows_before
     try:
         for batch in _parquet(file).iter_batches(batch_size=1024, row_groups=groups):
             for value in batch.to_pylist():
@@ -362,7 +370,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def hub_dataset(source: Source) -> Any:
-    """An Arrow folder (`Dataset.save_to_disk`), a folder of data files, or a hub name, through `datasets`.
+    """An Arrow folder (`Dataset.save_to_disk`) or a hub name, through `datasets`.
 
     Raises:
         BadInput: it cannot be loaded.

@@ -30,9 +30,12 @@ def open_data(
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
             raise
-        raise BadInput(
-            f"data.cache_dir: {recipe.cache_folder} cannot be written: {error}; make room, or choose another"
-        ) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(
+                f"data.cache_dir: no space left in {recipe.cache_folder}; free some (4 bytes a token and 52 a row), or "
+                "choose another; the parts written so far are used again"
+            ) from None
+        raise BadInput(f"{error.filename}: {error.strerror} (data.cache_dir is {recipe.cache_folder})") from None
 
 
 def _open_data(
