@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tracemalloc
@@ -744,6 +745,73 @@ def test_a_jsonl_file_of_one_long_line_is_one_piece(tmp_path: Path, monkeypatch:
     file = write_jsonl(tmp_path / "a.jsonl", [{"text": "x" * 100_000}])
     assert count_of_pieces(source(path=str(file))) == 1
     assert [row.number for row in in_pieces(source(path=str(file)))] == [1]
+
+
+# .json in pieces
+
+
+@pytest.mark.parametrize(("size", "block"), [(1, 1), (1, 1000), (10, 2), (40, 7), (40, 1 << 20), (500, 64)])
+@pytest.mark.parametrize("start", ["", "\ufeff", " \r\n\u2003", "\ufeff\n "])
+def test_all_pieces_of_a_json_file_give_the_rows_of_the_whole(
+    size: int, block: int, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut between items by bytes, whatever letters, lists and spaces are in and around them."""
+    small_pieces(monkeypatch, size, block)
+    file = tmp_path / "a.json"
+    given = source(path=str(file))
+    for seed in range(20):
+        rows, draw = random_rows(seed)
+        values = [*rows, *draw.choices([17, -1.5e3, "é]", None, [{"n": 1}, [[]]], {}, {"é": "😀" * 50}], k=8)]
+        file.write_bytes((start + spaced(values, draw) + draw.choice(["", "\r\n"])).encode())
+        found = in_pieces(given)
+        assert found == list(read_rows(given))
+        assert [row.number for row in found] == list(range(1, len(values) + 1))
+        assert [row.value for row in found] == [value if isinstance(value, dict) else None for value in values]
+        assert count_of_pieces(given) == len(values) if size == 1 else size > 100 or count_of_pieces(given) > 1
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        '[{"a": 1}, {"a": 2}, {"a": ', '[{"a": 1}, {"a": 2},', '[{"a": 1}, {"a": 2}', '[{"a": 1}, {"a": 2}] x',
+        '[{"a": 1}, {"a": 2} {"a": 3}]', b'[{"a": 1}, {"a": 2}, {"a": "\xff"}]', '{"a": 1}\n{"a": 2}\n', "[", "",
+    ],
+)  # fmt: skip
+def test_a_damaged_json_file_is_one_piece_that_tells_what_reading_it_tells(
+    damaged: str | bytes, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces(monkeypatch, 1, block)
+    file = tmp_path / "a.json"
+    file.write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    scan = scan_file(file)
+    assert (scan.sha256, scan.cuts, scan.rows) == (hashlib.sha256(file.read_bytes()).hexdigest(), [(0, 0)], None)
+    told = []
+    if damaged:  # an empty file is told before
+        for read in (read_rows, in_pieces):
+            with pytest.raises(BadInput) as caught:
+                list(read(source(path=str(file))))
+            told.append(caught.value.problems)
+        assert told[0] == told[1]
+
+
+def test_an_empty_json_list_is_one_piece_without_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(" [ ]\n")
+    assert in_pieces(source(path=str(tmp_path / "a.json"))) == []
+
+
+def test_no_more_than_a_part_of_a_json_file_is_in_memory_while_it_is_cut(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"text": "x" * 1000}] * 20_000))
+    tracemalloc.start()
+    try:
+        scan = scan_file(file)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert scan.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert (scan.rows, len(scan.cuts)) == (20_000, 20)
+    assert peak < file.stat().st_size / 2
 
 
 # Other files, several files

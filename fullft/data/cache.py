@@ -41,6 +41,7 @@ from fullft.errors import BadInput
 from fullft.recipe import Data, Source
 
 _FORMAT = 5  # raise when the same input gives other tokens
+_SCAN_FORMAT = 2  # raise when a file is scanned for more, or is cut elsewhere
 DOCUMENT = numpy.dtype(
     [
         ("start", "i8"),  # of its first token in the set
@@ -203,18 +204,21 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
                     scan = scan_file(file)
                     # A file written a moment ago may change again within the same tick of its clock.
                     settled = time.time_ns() - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
-                    known[str(file.absolute())] = asdict(scan) | {"settled": settled}
+                    known[str(file.absolute())] = asdict(scan) | {"settled": settled, "format": _SCAN_FORMAT}
             with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
                 partial = memo.with_suffix(".tmp")
                 partial.write_text(json.dumps(known))
                 partial.replace(memo)
     found = (known[str(file.absolute())] for file in files)
-    return [Scan(scan["sha256"], [(start, lines) for start, lines in scan["cuts"]], scan["stat"]) for scan in found]
+    return [
+        Scan(scan["sha256"], [(start, rows) for start, rows in scan["cuts"]], scan["rows"], scan["stat"])
+        for scan in found
+    ]
 
 
 def _is_known(file: Path, known: dict[str, Any]) -> bool:
     scan = known.get(str(file.absolute()), {})
-    return bool(scan.get("settled")) and scan["stat"] == stat_of(file)
+    return bool(scan.get("settled")) and scan.get("format") == _SCAN_FORMAT and scan["stat"] == stat_of(file)
 
 
 def _known_scans(memo: Path) -> dict[str, Any]:

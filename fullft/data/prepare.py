@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,14 +64,14 @@ def write_tokens(
         OSError: the disk is full; the parts written so far are used again.
     """
     partial = folder.with_suffix(".partial")
-    stats, mark = [scan.stat for scan in scans], partial / "stats.json"
-    if partial.exists() and (not mark.exists() or json.loads(mark.read_text()) != stats):
-        shutil.rmtree(partial)  # parts of files as they were at another time
+    stats, cut = [scan.stat for scan in scans], pieces(source, scans)
+    mark, now = partial / "pieces.json", json.dumps([stats, [astuple(piece) for piece in cut]])
+    if partial.exists() and (not mark.exists() or mark.read_text() != now):
+        shutil.rmtree(partial)  # parts of files as they were at another time, or cut in another way
     partial.mkdir(parents=True, exist_ok=True)
-    _write(mark, json.dumps(stats).encode())
+    _write(mark, now.encode())
     work = partial / "work.pickle"
     work.write_bytes(pickle.dumps(Work(source, tokenizer, train_on)))
-    cut = pieces(source, scans)
     missing = {number: piece for number, piece in enumerate(cut) if not (partial / f"part-{number:05}.json").exists()}
     if len(missing) < len(cut):
         print(f"{name}: {len(cut) - len(missing)} of {len(cut)} parts were prepared before", flush=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import io
 import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from fullft.errors import BadInput
 from fullft.recipe import Source
@@ -34,7 +35,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that one process reads: bytes of .jsonl, row groups of Parquet, rows of a `datasets` set.
+    """A part of a source that one process reads: bytes of .jsonl or .json, row groups of Parquet, rows of `datasets`.
 
     `end` None: all of the file. `file` None: the whole source, in order.
     """
@@ -44,6 +45,7 @@ class Piece:
     end: int | None = None
     rows_before: int = 0  # rows (lines) of the file before `start`
     bytes: int = 0  # for the progress bar
+    rows: int | None = None  # None: all there are
 
 
 _SMALLEST_PIECE, _LARGEST_PIECE, _PIECES = 1 << 20, 64 << 20, 256
@@ -130,10 +132,14 @@ def read_by_datasets(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Scan:
-    """sha256 of a file, (byte, lines before it) where its pieces start if it is .jsonl, and its `stat_of` when read."""
+    """sha256 of a file, (byte, rows before it) where its pieces start if it is .jsonl or .json, and its `stat_of`.
+
+    `rows`: lines of .jsonl, items of .json; None if it is of another kind, or no list in JSON.
+    """
 
     sha256: str
     cuts: list[tuple[int, int]]
+    rows: int | None
     stat: list[int]
 
 
@@ -143,22 +149,58 @@ def stat_of(file: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
+class _Hashed(io.FileIO):
+    """A file that hashes what is read of it."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(file)
+        self.sha256 = hashlib.sha256()
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer) or 0
+        self.sha256.update(memoryview(buffer)[:count])
+        return count
+
+
 def scan_file(file: Path) -> Scan:
-    """Hash a file, and cut it at ends of lines: pieces depend on its content alone."""
+    """Hash a file, and cut it at ends of lines or between items: pieces depend on its content alone."""
     stat = stat_of(file)
-    size = stat[0]
-    step = min(max(size // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
-    digest, cuts, at, lines, due = hashlib.sha256(), [(0, 0)], 0, 0, step
-    with file.open("rb") as content:
-        while block := content.read(_BLOCK):
-            digest.update(block)
-            if file.suffix == ".jsonl":
-                while at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
-                    cuts.append((at + end + 1, lines + block.count(b"\n", 0, end + 1)))
-                    due = at + end + 1 + step
-                lines += block.count(b"\n")
-            at += len(block)
-    return Scan(digest.hexdigest(), [cut for cut in cuts if cut[0] < at] or [(0, 0)], stat)
+    step = min(max(stat[0] // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
+    cuts, rows = [(0, 0)], None
+    with io.BufferedReader(hashed := _Hashed(file), _BLOCK) as content:
+        if file.suffix == ".jsonl":
+            cuts, rows = _cut_lines(content, step)
+        elif file.suffix == ".json":
+            cuts, rows = _cut_items(file, content, step)
+        while content.read(_BLOCK):
+            pass
+    return Scan(hashed.sha256.hexdigest(), cuts, rows, stat)
+
+
+def _cut_lines(content: BinaryIO, step: int) -> tuple[list[tuple[int, int]], int]:
+    cuts, at, lines, due = [(0, 0)], 0, 0, step
+    while block := content.read(_BLOCK):
+        while at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
+            cuts.append((at + end + 1, lines + block.count(b"\n", 0, end + 1)))
+            due = at + end + 1 + step
+        lines += block.count(b"\n")
+        at += len(block)
+    return [cut for cut in cuts if cut[0] < at] or [(0, 0)], lines
+
+
+def _cut_items(file: Path, content: BinaryIO, step: int) -> tuple[list[tuple[int, int]], int | None]:
+    cuts, items = [(0, 0)], 0
+    text = io.TextIOWrapper(content, "utf-8", newline="")
+    try:
+        for byte, _ in _list_items(file, text):
+            if items and byte >= cuts[-1][0] + step:
+                cuts.append((byte, items))
+            items += 1
+    except (ValueError, RecursionError, BadInput):
+        return [(0, 0)], None  # who reads it is told why
+    finally:
+        text.detach()  # it would close `content`
+    return cuts, items
 
 
 def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
@@ -173,15 +215,13 @@ def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
                 for start in range(0, count, step)] or [Piece(None)]  # fmt: skip
     found = []
     for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
-        size = file.stat().st_size
-        if file.suffix == ".jsonl":
-            ends = [start for start, _ in scan.cuts[1:]] + [size]
-            found += [Piece(number, start, end, lines, end - start)
-                      for (start, lines), end in zip(scan.cuts, ends, strict=True)]  # fmt: skip
-        elif file.suffix == ".parquet":
+        if file.suffix == ".parquet":
             found += _row_groups(file, number)
-        else:
-            found.append(Piece(number, bytes=size))
+            continue
+        ends = [*scan.cuts[1:], (scan.stat[0], scan.rows)]
+        for (start, before), (end, rows) in zip(scan.cuts, ends, strict=True):
+            known = rows - before if file.suffix == ".json" and rows is not None else None
+            found.append(Piece(number, start, end, before, end - start, known))
     return found
 
 
@@ -231,7 +271,7 @@ def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
 
 def _file_rows(file: Path, piece: Piece) -> Iterator[Row]:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    yield from readers[file.suffix](file, piece)
+    yield from itertools.islice(readers[file.suffix](file, piece), piece.rows)
 
 
 def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
@@ -260,58 +300,73 @@ def _row(file: str, number: int, value: Any) -> Row:
     return Row(file, number, value)
 
 
-def _json_rows(file: Path, _: Piece) -> Iterator[Row]:
+def _json_rows(file: Path, piece: Piece) -> Iterator[Row]:
     try:
-        for number, value in enumerate(_list_items(file), start=1):
-            yield _row(str(file), number, value)
+        with file.open("rb") as opened, io.TextIOWrapper(opened, "utf-8", newline="") as content:
+            opened.seek(piece.start)
+            for number, (_, value) in enumerate(_list_items(file, content, piece.start), start=piece.rows_before + 1):
+                yield _row(str(file), number, value)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"data file {file} is not valid JSON: {error}; one object a line is a .jsonl file") from None
 
 
-def _list_items(file: Path) -> Iterator[Any]:
-    """The items of the one list in a .json file, decoded one by one from a window over its text."""
+def _list_items(file: Path, content: TextIO, start: int = 0) -> Iterator[tuple[int, Any]]:
+    """(its first byte, item) of the one list in a .json file, decoded one by one from a window over its text.
+
+    `content` stands at byte `start`: 0, or where an item begins.
+    """
     decoder = json.JSONDecoder()
-    with file.open(encoding="utf-8-sig") as content:
-        text = ""
-        while not text and (block := content.read(_BLOCK)):
-            text = block.lstrip()
-        if text.startswith("{"):
-            raise BadInput(
-                f"data file {file} must hold a list of rows, it holds an object; one object a line is a .jsonl file"
-            )
-        if not text.startswith("["):
-            kind = type(json.loads(text + content.read(1 << 20))).__name__  # what is no JSON raises here
-            raise BadInput(f"data file {file} must hold a list of rows, it holds a {kind}")
-        at, items, after_item = 1, 0, False
-        while True:
-            at = _not_space(text, at)
-            if text.startswith("]", at) and (after_item or not items):
-                if rest := (text[at + 1 :] + content.read(_BLOCK)).strip():
-                    raise ValueError(f"after the list comes {rest[:20]!r}")
-                return
-            if after_item and text.startswith(",", at):
-                at, after_item = at + 1, False
-                continue
-            if after_item and at < len(text):
-                raise ValueError(f"expected ',' or ']' after item {items}, found {text[at : at + 20]!r}")
-            try:
-                value, end = decoder.raw_decode(text, at)
-                whole = end < len(text) - (4 if isinstance(value, int | float) else 0)  # 1 may go on as 1.5
-            except json.JSONDecodeError as error:
-                if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated string"):
-                    raise
-                whole = False  # cut off by the end of the window
-            if whole:
-                yield value
-                at, items, after_item = end, items + 1, True
-            elif more := content.read(max(_BLOCK, len(text) - at)):
-                text, at = text[at:] + more, 0
-            else:
-                value, end = decoder.raw_decode(text, at)  # raises with the reason
-                if end == len(text):
-                    raise ValueError("the list does not end")
-                yield value
-                at, items, after_item = end, items + 1, True
+    text, byte = ("", start) if start else _list_start(file, content)
+    at, counted, items, after_item = len(text[:1]), 0, 0, False  # text[counted] is at `byte`
+    while True:
+        at = _not_space(text, at)
+        if text.startswith("]", at) and (after_item or not items):
+            if rest := (text[at + 1 :] + content.read(_BLOCK)).strip():
+                raise ValueError(f"after the list comes {rest[:20]!r}")
+            return
+        if after_item and text.startswith(",", at):
+            at, after_item = at + 1, False
+            continue
+        if after_item and at < len(text):
+            raise ValueError(f"expected ',' or ']' after item {items}, found {text[at : at + 20]!r}")
+        byte, counted = byte + len(text[counted:at].encode()), at
+        try:
+            value, end = decoder.raw_decode(text, at)
+            whole = end < len(text) - (4 if isinstance(value, int | float) else 0)  # 1 may go on as 1.5
+        except json.JSONDecodeError as error:
+            if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated string"):
+                raise
+            whole = False  # cut off by the end of the window
+        if whole:
+            yield byte, value
+            at, items, after_item = end, items + 1, True
+        elif more := content.read(max(_BLOCK, len(text) - at)):
+            text, at, counted = text[at:] + more, 0, 0
+        else:
+            value, end = decoder.raw_decode(text, at)  # raises with the reason
+            if end == len(text):
+                raise ValueError("the list does not end")
+            yield byte, value
+            at, items, after_item = end, items + 1, True
+
+
+def _list_start(file: Path, content: TextIO) -> tuple[str, int]:
+    """The first text of a .json file, from the [ on, and the byte where that is."""
+    text = content.read(_BLOCK)
+    byte = 3 if text.startswith("\ufeff") else 0
+    text = text.removeprefix("\ufeff")
+    while not text.lstrip() and (block := content.read(_BLOCK)):
+        text, byte = block, byte + len(text.encode())
+    byte += len(text.encode()) - len(text.lstrip().encode())
+    text = text.lstrip()
+    if text.startswith("{"):
+        raise BadInput(
+            f"data file {file} must hold a list of rows, it holds an object; one object a line is a .jsonl file"
+        )
+    if not text.startswith("["):
+        kind = type(json.loads(text + content.read(1 << 20))).__name__  # what is no JSON raises here
+        raise BadInput(f"data file {file} must hold a list of rows, it holds a {kind}")
+    return text, byte
 
 
 def _not_space(text: str, at: int) -> int:
