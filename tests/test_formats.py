@@ -833,6 +833,40 @@ def test_all_row_groups_of_a_parquet_file_give_the_rows_of_the_whole(tmp_path: P
     assert [row.value for row in found] == rows
 
 
+@pytest.mark.parametrize("group", [1, 7, 100, 1000])
+@pytest.mark.parametrize("size", [1, 300, 5000])
+def test_all_row_ranges_of_large_row_groups_give_the_rows_of_the_whole(
+    size: int, group: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces(monkeypatch, size, block=500)
+    rows = [chat(f"{at}? é😀", "!" * (at % 50)) | {"tags": [{"t": None}, {"t": ["x"] * (at % 3)}]} for at in range(250)]
+    given = source(path=str(write_parquet(tmp_path / "a.parquet", rows, group)))
+    found = in_pieces(given)
+    assert found == list(read_rows(given))
+    assert [row.number for row in found] == list(range(1, 251))
+    assert [row.value["messages"] for row in found if row.value] == [row["messages"] for row in rows]
+    groups = -(-250 // group)
+    assert groups <= count_of_pieces(given) <= groups * 17
+    assert count_of_pieces(given) > groups or size == 5000 or group < 100
+
+
+def test_a_parquet_file_without_rows_gives_none(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], "string")}), tmp_path / "a.parquet")
+    assert in_pieces(source(path=str(tmp_path / "a.parquet"))) == []
+
+
+def test_no_more_than_a_part_of_a_row_group_is_in_memory(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [{"text": draw.randbytes(1000).hex()} for _ in range(20_000)]
+    given = source(path=str(write_parquet(tmp_path / "a.parquet", rows, group=20_000)))
+    del rows
+    before = pyarrow.total_allocated_bytes()
+    for piece in pieces(given, [scan_file(file) for file in source_files(given)])[::10]:
+        reading = read_piece(given, piece)
+        assert next(reading).number == piece.start + 1
+        assert pyarrow.total_allocated_bytes() - before < 20_000_000  # of 40 MB
+
+
 def test_rows_of_several_shapes_in_one_parquet_file(tmp_path: Path, with_tools: PreTrainedTokenizerBase) -> None:
     call = CALL_SHAPES["arguments as JSON text"] | {"tools": json.dumps(TOOLS)}
     shapes = [ONE_OF_EACH["text"], ONE_OF_EACH["alpaca"], call, ONE_OF_EACH["tokens"], ONE_OF_EACH["sharegpt"]]

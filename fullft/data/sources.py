@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that one process reads: bytes of .jsonl or .json, row groups of Parquet, rows of `datasets`.
+    """A part of a source that one process reads: from a byte of .jsonl or .json, or a row of other kinds.
 
     `end` None: all of the file. `file` None: the whole source, in order.
     """
@@ -49,6 +50,7 @@ class Piece:
 
 
 _SMALLEST_PIECE, _LARGEST_PIECE, _PIECES = 1 << 20, 64 << 20, 256
+_GROUP_PIECES = 16  # of a Parquet row group: each reads, and drops, what is before it in its group
 _BLOCK = 1 << 20
 
 
@@ -165,7 +167,7 @@ class _Hashed(io.FileIO):
 def scan_file(file: Path) -> Scan:
     """Hash a file, and cut it at ends of lines or between items: pieces depend on its content alone."""
     stat = stat_of(file)
-    step = min(max(stat[0] // _PIECES, _SMALLEST_PIECE), _LARGEST_PIECE)
+    step = _step(stat[0] // _PIECES)
     cuts, rows = [(0, 0)], None
     with io.BufferedReader(hashed := _Hashed(file), _BLOCK) as content:
         if file.suffix == ".jsonl":
@@ -175,6 +177,10 @@ def scan_file(file: Path) -> Scan:
         while content.read(_BLOCK):
             pass
     return Scan(hashed.sha256.hexdigest(), cuts, rows, stat)
+
+
+def _step(size: int) -> int:
+    return min(max(size, _SMALLEST_PIECE), _LARGEST_PIECE)
 
 
 def _cut_lines(content: BinaryIO, step: int) -> tuple[list[tuple[int, int]], int]:
@@ -216,7 +222,7 @@ def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
     found = []
     for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
         if file.suffix == ".parquet":
-            found += _row_groups(file, number)
+            found += _parquet_pieces(file, number)
             continue
         ends = [*scan.cuts[1:], (scan.stat[0], scan.rows)]
         for (start, before), (end, rows) in zip(scan.cuts, ends, strict=True):
@@ -225,14 +231,21 @@ def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
     return found
 
 
-def _row_groups(file: Path, number: int) -> list[Piece]:
-    metadata = _parquet(file).metadata
+def _parquet_pieces(file: Path, number: int) -> list[Piece]:
     found, before = [], 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group)
-        found.append(Piece(number, group, group + 1, before, rows.total_byte_size))
-        before += rows.num_rows
+    for size, rows in _row_groups(_parquet(file)):
+        step = max(math.ceil(rows * _step(size // _GROUP_PIECES) / max(size, 1)), 1)
+        for start in range(before, before + rows, step):
+            count = min(step, before + rows - start)
+            found.append(Piece(number, start, None, start, size * count // rows, count))
+        before += rows
     return found
+
+
+def _row_groups(file: Any) -> list[tuple[int, int]]:
+    """(bytes, rows) of the groups of a Parquet file."""
+    groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
+    return [(group.total_byte_size, group.num_rows) for group in groups]
 
 
 # Reading
@@ -379,7 +392,8 @@ def _parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        # So the pages of a group come as they are decoded, and not all before the first row.
+        return pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
     except (OSError, ValueError) as error:
         raise BadInput(f"data file {file} is not a Parquet file, or is damaged: {error}") from None
 
@@ -387,13 +401,20 @@ def _parquet(file: Path) -> Any:
 def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
     import pyarrow
 
-    groups = None if piece.end is None else range(piece.start, piece.end)
-    number = piece.rows_before
+    opened = _parquet(file)
+    number = 0
     try:
-        for batch in _parquet(file).iter_batches(batch_size=1024, row_groups=groups):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(str(file), number, _from_columns(value))
+        for group, (size, rows) in enumerate(_row_groups(opened)):
+            if number + rows <= piece.start:
+                number += rows
+                continue
+            some = min(max(rows * _BLOCK // max(size, 1), 1), 1024)  # about a block of them
+            for batch in opened.iter_batches(batch_size=some, row_groups=[group], use_threads=False):
+                before = max(piece.start - number, 0)
+                number += min(before, len(batch))
+                for value in batch[before:].to_pylist():
+                    number += 1
+                    yield Row(str(file), number, _from_columns(value))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(f"data file {file} is damaged: {error}") from None
 
