@@ -932,6 +932,47 @@ def test_a_limit_takes_the_first_rows_of_all_files_together(
         assert [(row.file, row.number, row.value) for row in found] == expected[:limit]
 
 
+@pytest.mark.parametrize("size", [1, 60, 400, 1 << 20])
+def test_a_limit_at_any_row_gives_the_rows_of_one_read(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At, before and behind borders of pieces and files; blank lines are no rows, broken ones are."""
+    small_pieces(monkeypatch, size, block=100)
+    rows = [{"text": f"{at} é😀 " + "x" * (at % 40)} for at in range(60)]
+    lines = ["\ufeff", *(line for row in rows[:20] for line in ("", json.dumps(row, ensure_ascii=False), " \t", "{"))]
+    (tmp_path / "1.jsonl").write_bytes("\r\n".join(lines).encode())
+    (tmp_path / "2.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(rows[20:40], ensure_ascii=False).encode())
+    write_parquet(tmp_path / "3.parquet", rows[40:], group=15)
+    given = source(path=str(tmp_path / "*"))
+    whole = list(read_rows(given))
+    assert len(whole) == 81
+    for limit in range(1, 84):
+        limited = given.model_copy(update={"limit": limit})
+        assert in_pieces(limited) == list(read_rows(limited)) == whole[:limit]
+    assert count_of_pieces(given.model_copy(update={"limit": 80})) > 3 + 60 * (size == 1)
+
+
+def test_a_limit_takes_the_first_rows_of_an_arrow_folder(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": f"{at}"} for at in range(2500)]).save_to_disk(tmp_path / "a")
+    for limit, count in ((1, 1), (1000, 1), (1001, 2), (2500, 3), (9999, 3)):
+        given = source(path=str(tmp_path / "a"), limit=limit)
+        assert in_pieces(given) == list(read_rows(given))
+        assert (len(in_pieces(given)), count_of_pieces(given)) == (min(limit, 2500), count)
+
+
+def test_damage_behind_the_limit_is_not_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_pieces(monkeypatch, 1)
+    (tmp_path / "1.json").write_text('[{"text": "a"}, {"text": "b"}, {"text": ')
+    (tmp_path / "2.parquet").write_text("no Parquet")
+    for limit in (1, 2):
+        given = source(path=str(tmp_path / "*"), limit=limit)
+        assert in_pieces(given) == list(read_rows(given))
+        assert len(in_pieces(given)) == limit
+    for read in (read_rows, in_pieces):
+        with pytest.raises(BadInput, match=r"1\.json is not valid JSON"):
+            list(read(source(path=str(tmp_path / "*"), limit=3)))
+
+
 @pytest.mark.parametrize(
     "names",
     [

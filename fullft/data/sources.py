@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -36,14 +36,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that one process reads: from a byte of .jsonl or .json, or a row of other kinds.
+    """A part of a source that one process reads: from a byte of .jsonl or .json, or a row of other kinds."""
 
-    `end` None: all of the file. `file` None: the whole source, in order.
-    """
-
-    file: int | None
+    file: int | None  # None: a set of `datasets`
     start: int = 0
-    end: int | None = None
+    end: int | None = None  # byte of .jsonl; None: all of the file
     rows_before: int = 0  # rows (lines) of the file before `start`
     bytes: int = 0  # for the progress bar
     rows: int | None = None  # None: all there are
@@ -211,24 +208,40 @@ def _cut_items(file: Path, content: BinaryIO, step: int) -> tuple[list[tuple[int
 
 def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
     """How a source is shared among processes; `scans` of its files, in order."""
-    files = source_files(source)
-    if source.limit is not None:  # the first rows are found by reading from the start
-        return [Piece(None, bytes=sum(file.stat().st_size for file in files))]
+    return list(_first_pieces(source, scans) if source.limit is not None else _all_pieces(source, scans))
+
+
+def _all_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
     if read_by_datasets(source):
         count = len(hub_dataset(source))
+        count = count if source.limit is None else min(count, source.limit)
         step = max(count // 32, 1000)  # each piece loads the set anew
-        return [Piece(0, start, min(start + step, count), start, min(step, count - start))
-                for start in range(0, count, step)] or [Piece(None)]  # fmt: skip
-    found = []
-    for number, (file, scan) in enumerate(zip(files, scans, strict=True)):
+        for start in range(0, max(count, 1), step):
+            size = min(step, count - start)
+            yield Piece(None, start, None, start, size, size)
+        return
+    for number, (file, scan) in enumerate(zip(source_files(source), scans, strict=True)):
         if file.suffix == ".parquet":
-            found += _parquet_pieces(file, number)
+            yield from _parquet_pieces(file, number)
             continue
         ends = [*scan.cuts[1:], (scan.stat[0], scan.rows)]
-        for (start, before), (end, rows) in zip(scan.cuts, ends, strict=True):
-            known = rows - before if file.suffix == ".json" and rows is not None else None
-            found.append(Piece(number, start, end, before, end - start, known))
-    return found
+        for (start, before), (end, after) in zip(scan.cuts, ends, strict=True):
+            rows = after - before if file.suffix == ".json" and after is not None else None
+            yield Piece(number, start, end, before, end - start, rows)
+
+
+def _first_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
+    """The pieces with the first `limit` rows, the last of them cut; files behind it are not opened, as in reading."""
+    files, left = source_files(source), source.limit or 0
+    for piece in _all_pieces(source, scans):
+        rows = piece.rows
+        if piece.file is not None and files[piece.file].suffix == ".jsonl":
+            rows = sum(1 for _ in itertools.islice(_jsonl_lines(files[piece.file], piece), left))
+        rows = left if rows is None else min(rows, left)  # None: a damaged .json, where reading ends in any case
+        yield replace(piece, rows=rows)
+        left -= rows
+        if not left:
+            return
 
 
 def _parquet_pieces(file: Path, number: int) -> list[Piece]:
@@ -262,7 +275,7 @@ def read_rows(source: Source) -> Iterator[Row]:
 
 def _all_rows(source: Source) -> Iterator[Row]:
     if read_by_datasets(source):
-        yield from _dataset_rows(source, 0, None)
+        yield from _dataset_rows(source, 0)
         return
     for file in source_files(source):
         rows = _file_rows(file, Piece(0))
@@ -275,19 +288,24 @@ def _all_rows(source: Source) -> Iterator[Row]:
 def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
     """The rows of one piece, numbered as in their file."""
     if piece.file is None:
-        yield from read_rows(source)
-    elif read_by_datasets(source):
-        yield from _dataset_rows(source, piece.start, piece.end)
+        rows = _dataset_rows(source, piece.start)
     else:
-        yield from _file_rows(source_files(source)[piece.file], piece)
+        rows = _file_rows(source_files(source)[piece.file], piece)
+    yield from itertools.islice(rows, piece.rows)
 
 
 def _file_rows(file: Path, piece: Piece) -> Iterator[Row]:
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    yield from itertools.islice(readers[file.suffix](file, piece), piece.rows)
+    yield from readers[file.suffix](file, piece)
 
 
 def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
+    for number, line in _jsonl_lines(file, piece):
+        yield _parsed(str(file), number, line)
+
+
+def _jsonl_lines(file: Path, piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of those that are not blank."""
     with file.open("rb") as lines:
         lines.seek(piece.start)
         at = piece.start
@@ -296,7 +314,7 @@ def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
                 return
             at += len(line)
             if line.strip():
-                yield _parsed(str(file), number, line)
+                yield number, line
 
 
 def _parsed(file: str, number: int, line: bytes) -> Row:
@@ -419,9 +437,9 @@ def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
         raise BadInput(f"data file {file} is damaged: {error}") from None
 
 
-def _dataset_rows(source: Source, start: int, end: int | None) -> Iterator[Row]:
+def _dataset_rows(source: Source, start: int) -> Iterator[Row]:
     loaded = hub_dataset(source)
-    part = iter(loaded.select(range(start, len(loaded) if end is None else end)))
+    part = iter(loaded.select(range(start, len(loaded))))
     for number in itertools.count(start + 1):
         try:
             value = next(part)
