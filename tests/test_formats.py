@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import pytest
 from conftest import chat, chats, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft.data import sources
+from fullft.data import cache, sources
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
 from fullft.data.prepare import row_tokens
 from fullft.data.sources import Row, pieces, read_piece, read_rows, scan_file, source_files
@@ -815,6 +817,44 @@ def test_no_more_than_a_part_of_a_json_file_is_in_memory_while_it_is_cut(tmp_pat
 
 
 # Other files, several files
+
+
+def test_files_are_scanned_together_each_once_and_in_order(
+    three_files: tuple[Source, list[tuple[str, int, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, _ = three_files
+    small_pieces(monkeypatch, 5)
+    for file in source_files(given):
+        os.utime(file, (0, 0))
+    read: list[Path] = []
+    monkeypatch.setattr(cache, "scan_file", lambda file, advance: read.append(file) or scan_file(file, advance))
+    monkeypatch.setattr(cache.time, "time_ns", lambda: 1 << 62)  # long after they were written
+    expected = [scan_file(file) for file in source_files(given)]
+    assert [len(scan.cuts) > 1 for scan in expected] == [True, True, False]
+    for _ in range(2):
+        assert cache.scans_of(given, tmp_path) == expected
+    assert sorted(read) == source_files(given)
+
+
+def test_no_file_is_read_to_its_end_after_one_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_pieces(monkeypatch, 5, block=10)
+    long = write_jsonl(tmp_path / "1.jsonl", [{"text": "x" * 1000}] * 1000)
+    write_jsonl(tmp_path / "2.jsonl", [{"text": "x"}])
+    read: list[int] = []
+
+    def scan(file: Path, advance: Any) -> Any:
+        if file != long:
+            while not read:
+                time.sleep(0.01)
+            raise PermissionError(file)
+        return scan_file(file, lambda count: (read.append(count), time.sleep(0.0001), advance(count)))
+
+    monkeypatch.setattr(cache, "scan_file", scan)
+    with pytest.raises(PermissionError):
+        cache.scans_of(source(path=str(tmp_path / "*.jsonl")), tmp_path)
+    assert 0 < sum(read) < long.stat().st_size / 2
 
 
 def write_parquet(file: Path, rows: list[dict[str, Any]], group: int = 1000) -> Path:

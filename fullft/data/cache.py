@@ -22,9 +22,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +36,7 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from fullft.data.progress import progress
 from fullft.data.sources import Scan, file_names, hub_dataset, read_by_datasets, scan_file, source_files, stat_of
 from fullft.data.tokens import backend
 from fullft.errors import BadInput
@@ -199,12 +201,11 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
             else nullcontext()
         ):
             known = _known_scans(memo)
-            for file in files:
-                if not _is_known(file, known):
-                    scan = scan_file(file)
-                    # A file written a moment ago may change again within the same tick of its clock.
-                    settled = time.time_ns() - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
-                    known[str(file.absolute())] = asdict(scan) | {"settled": settled, "format": _SCAN_FORMAT}
+            unknown, started = [file for file in files if not _is_known(file, known)], time.time_ns()
+            for file, scan in zip(unknown, _scan_files(unknown), strict=True):
+                # A file written a moment ago may change again within the same tick of its clock.
+                settled = started - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
+                known[str(file.absolute())] = asdict(scan) | {"settled": settled, "format": _SCAN_FORMAT}
             with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
                 partial = memo.with_suffix(".tmp")
                 partial.write_text(json.dumps(known))
@@ -214,6 +215,26 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
         Scan(scan["sha256"], [(start, rows) for start, rows in scan["cuts"]], scan["rows"], scan["stat"])
         for scan in found
     ]
+
+
+def _scan_files(files: list[Path]) -> list[Scan]:
+    """Several at once: the hash of one leaves the interpreter to the others."""
+    stopped = threading.Event()
+    total = sum(file.stat().st_size for file in files)
+    with progress(total, "reading files") as advance, ThreadPoolExecutor() as pool:
+
+        def read(count: int) -> None:
+            if stopped.is_set():
+                raise CancelledError
+            advance(count)
+
+        running = [pool.submit(scan_file, file, read) for file in files]
+        try:
+            for done in as_completed(running):
+                done.result()
+        finally:
+            stopped.set()  # after Ctrl-C, or one that cannot be read, no file is read to its end
+        return [done.result() for done in running]
 
 
 def _is_known(file: Path, known: dict[str, Any]) -> bool:

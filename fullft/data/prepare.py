@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,11 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fullft.data.cache import DOCUMENT, part_name, write_npy
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
+from fullft.data.progress import progress
 from fullft.data.quality import plain_text, script, text_key, troubles
 from fullft.data.sources import Piece, Row, Scan, file_names, pieces, read_piece, source_files, stat_of
 from fullft.data.tokens import Tokens, tokenize
@@ -91,7 +90,7 @@ def run_pieces(action: Any, work: Path, todo: dict[int, Piece], title: str, exec
         BadInput: what an action raised, or a process was killed.
     """
     results: dict[int, Any] = {}
-    with _progress(sum(piece.bytes for piece in todo.values()), title) as advance:
+    with progress(sum(piece.bytes for piece in todo.values()), title) as advance:
         if executor is None and (len(todo) < 2 or usable_cores() < 2):
             for number, piece in todo.items():
                 results[number] = action(work, number, piece)
@@ -153,25 +152,6 @@ def _end_with(parent: int) -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=watch, daemon=True).start()
-
-
-@contextmanager
-def _progress(total: int, title: str) -> Iterator[Any]:
-    """A bar on a terminal; else a line each minute. Nothing for what takes no time."""
-    started = said = time.monotonic()
-    done = 0
-    terminal = sys.stderr.isatty()
-    with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not terminal, dynamic_ncols=True) as bar:
-
-        def advance(count: int) -> None:
-            nonlocal done, said
-            done += count
-            bar.update(count)
-            if not terminal and time.monotonic() - said > 60:
-                said = time.monotonic()
-                print(f"{title}: {done / max(total, 1):.0%} after {said - started:.0f} s", flush=True)
-
-        yield advance
 
 
 # In the worker

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -149,24 +149,26 @@ def stat_of(file: Path) -> list[int]:
 
 
 class _Hashed(io.FileIO):
-    """A file that hashes what is read of it."""
+    """A file that hashes what is read of it, and tells `advance` how many bytes that is."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, advance: Callable[[int], None]) -> None:
         super().__init__(file)
         self.sha256 = hashlib.sha256()
+        self.advance = advance
 
     def readinto(self, buffer: Any) -> int:
         count = super().readinto(buffer) or 0
         self.sha256.update(memoryview(buffer)[:count])
+        self.advance(count)
         return count
 
 
-def scan_file(file: Path) -> Scan:
+def scan_file(file: Path, advance: Callable[[int], None] = lambda _: None) -> Scan:
     """Hash a file, and cut it at ends of lines or between items: pieces depend on its content alone."""
     stat = stat_of(file)
     step = _step(stat[0] // _PIECES)
     cuts, rows = [(0, 0)], None
-    with io.BufferedReader(hashed := _Hashed(file), _BLOCK) as content:
+    with io.BufferedReader(hashed := _Hashed(file, advance), _BLOCK) as content:
         if file.suffix == ".jsonl":
             cuts, rows = _cut_lines(content, step)
         elif file.suffix == ".json":
