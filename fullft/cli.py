@@ -106,7 +106,7 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
     from fullft.data.prepare import worker_processes
     from fullft.data.training import build_batches, open_data, unlikely
     from fullft.engine import geometry
-    from fullft.model import load_tokenizer
+    from fullft.tokenizer import load_tokenizer
 
     with worker_processes(workers) as executor:
         if executor is None:
@@ -127,7 +127,7 @@ def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> No
     from fullft.data.inspect_page import write_page
     from fullft.data.training import build_batches, open_data, unlikely
     from fullft.engine import geometry
-    from fullft.model import load_tokenizer
+    from fullft.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
     sets, warnings = open_data(recipe, tokenizer)

@@ -1,4 +1,4 @@
-"""The base model: what can be known of it without loading it, its tokenizer, and loading it into ZeRO-3 shards."""
+"""The base model: what can be known of it without loading it, and loading it into ZeRO-3 shards."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 
 import safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.integrations import HfDeepSpeedConfig
 
 from fullft.errors import BadInput
 from fullft.recipe import Model, Recipe
+from fullft.tokenizer import first_line, require_folder
 
 _SHOWN = 5
 
@@ -45,9 +46,9 @@ def precision(recipe: Recipe, on_gpu: bool | None = None) -> torch.dtype:
 
     `on_gpu` says where the run will be, if not here.
     """
-    from deepspeed.accelerator import get_accelerator
-
     if on_gpu is None:
+        from deepspeed.accelerator import get_accelerator  # half a second that `fullft check` has no use for
+
         on_gpu = get_accelerator().device_name() != "cpu"
     chosen = recipe.train.precision if recipe.train.precision != "auto" else ("bf16" if on_gpu else "fp32")
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
@@ -59,43 +60,13 @@ def export_dtype(recipe: Recipe) -> torch.dtype:
     return chosen.get(recipe.export.dtype, precision(recipe))
 
 
-def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        BadInput: no folder or hub name, or a tokenizer without offsets (not a fast one).
-    """
-    _require_folder(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # transformers raises many kinds; all mean that there is no usable tokenizer
-        raise BadInput(f"model.path: tokenizer of {model.path} cannot be loaded: {_first_line(error)}") from None
-    if not tokenizer.is_fast:
-        raise BadInput(f"model.path: {model.path} has no tokenizer.json (a fast tokenizer), which loss masks need")
-    return tokenizer
-
-
-def _require_folder(model: Model) -> None:
-    """Local paths must exist; anything else is taken for a hub name."""
-    path = Path(model.path)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BadInput(f"model.path: {path} has no config.json; it must be a Hugging Face model folder")
-    elif path.exists() or model.path.startswith((".", "/", "~")) or model.path.count("/") != 1:
-        raise BadInput(
-            f"model.path: {path} is not a folder (relative paths start at {Path.cwd()}), nor a hub name (owner/name)"
-        )
-
-
 def on_meta(model: Model) -> PreTrainedModel:
     """The model without storage, from its config alone.
 
     Raises:
         BadInput: the config is missing or no causal language model.
     """
-    _require_folder(model)
+    require_folder(model)
     try:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -108,7 +79,7 @@ def on_meta(model: Model) -> PreTrainedModel:
             )
     except Exception as error:  # as above
         advice = f"; model.attention is {model.attention}, try eager" if "attention" in str(error) else ""
-        reason = _first_line(error)
+        reason = first_line(error)
         raise BadInput(f"model.path: {model.path} cannot be built from its config: {reason}{advice}") from None
     return built
 
@@ -227,8 +198,3 @@ def require_documents_apart(engine: Any, attention: str, micro_batch_size: int) 
             f"model.attention: with {attention}, {type(engine.module).__name__} lets packed documents see each other "
             f"(logits change by {change:.1%}); choose another attention, or data.packing=false"
         )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -22,6 +22,7 @@ from fullft.errors import BadInput
 from fullft.export import rehearse
 from fullft.recipe import Recipe, Source, identity, load_recipe
 from fullft.retention.suite import Suite
+from fullft.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
@@ -62,7 +63,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         attempt(source_files, source)
     meta = attempt(model.on_meta, recipe.model)
     # A missing folder has been reported once; the tokenizer would report it again.
-    tokenizer = attempt(model.load_tokenizer, recipe.model) if meta is not None else None
+    tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
     if meta is not None:
         problems += model.weight_problems(recipe.model, meta)
     if meta is not None and tokenizer is not None:
