@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -251,3 +252,49 @@ def test_a_launch_without_cache_prepares_once(recipe: dict[str, Any], launch: La
     (kept,) = {file.parent for file in fullft.cache.rglob("documents.npy")}
     assert not kept.suffix
     assert not list(fullft.cache.glob("*.partial"))
+
+
+@pytest.mark.parametrize("whom", ["the group, as a terminal does", "the parent alone"])
+def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes], whom: str) -> None:
+    process = fullft.start("setsid", pause=0.5)  # so long that no piece that was begun, or waits, is finished in time
+    wait_for(lambda: fullft.parts() >= 1)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    (os.kill if whom == "the parent alone" else os.killpg)(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 1, out + err
+    assert err == "fullft: stopped; what is finished is kept\n"
+    assert not any(worker.is_running() for worker in workers)
+    done = fullft.parts()
+    assert not fullft.complete()
+    out, _ = fullft.run()
+    assert f"train: {done} of " in out
+    assert fullft.complete() == whole
+
+
+@pytest.mark.parametrize("verb", ["prepare", "check", "inspect"])
+def test_a_cache_that_cannot_be_made_is_one_clear_error(fullft: Fullft, recipe: dict[str, Any], verb: str) -> None:
+    file = Path(recipe["data"]["train"])
+    recipe["data"]["cache_dir"] = str(file / "cache")
+    write_recipe(recipe, fullft.config)
+    _, err = fullft.run(verb=verb, code=2)
+    assert err.startswith("fullft: 1 problem, training was not started:\n  - data.cache_dir: ")
+    assert f"{file / 'cache'} cannot be made" in err
+    assert err.count("\n") == 2
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_cache_that_cannot_be_written_is_one_clear_error_or_read(
+    fullft: Fullft, recipe: dict[str, Any], small_disk: Path, prepared: bool
+) -> None:
+    """Mounted read-only, which holds for root too."""
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    recipe["data"]["cache_dir"] = str(small_disk)
+    write_recipe(recipe, fullft.config)
+    if prepared:
+        fullft.run()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    _, err = fullft.run(code=0 if prepared else 2)
+    if not prepared:
+        assert f"Read-only file system (data.cache_dir is {small_disk})" in err
+        assert err.count("\n") == 2

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -68,6 +69,8 @@ def write_tokens(
     if partial.exists() and (not mark.exists() or mark.read_text() != now):
         shutil.rmtree(partial)  # parts of files as they were at another time, or cut in another way
     partial.mkdir(parents=True, exist_ok=True)
+    for begun in partial.glob("*.tmp"):
+        begun.unlink()  # by a process that was killed
     _write(mark, now.encode())
     work = partial / "work.pickle"
     work.write_bytes(pickle.dumps(Work(source, tokenizer, train_on)))
@@ -106,9 +109,10 @@ def run_pieces(action: Any, work: Path, todo: dict[int, Piece], title: str, exec
                 raise BadInput(
                     f"{title}: a worker process was killed (out of memory?); start again, the finished parts are kept"
                 ) from None
-            finally:
+            except Exception:
                 for waiting in running:
                     waiting.cancel()
+                raise
     return [results[number] for number in sorted(results)]
 
 
@@ -139,11 +143,16 @@ def _local_processes(count: int) -> Iterator[Executor]:
     """A pool of processes that end with this one, however it ends."""
     context = multiprocessing.get_context("fork")  # the tokenizer and its library are there already, and shared
     with ProcessPoolExecutor(count, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        yield pool
+        try:
+            yield pool
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # the pool would else wait for every piece that was begun
+            raise
 
 
 def _end_with(parent: int) -> None:
-    """A pool's process waits for ever when its parent was killed."""
+    """A pool's process waits for ever when its parent was killed; on Ctrl-C, it is for the parent to say something."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -151,6 +160,7 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
 
 
