@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
-import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+import torch.distributed as dist
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import HfDeepSpeedConfig
 
 from fullft.errors import BadInput
 from fullft.recipe import Model, Recipe
-from fullft.tokenizer import first_line, require_folder
+from fullft.shards import make_empty_shards, own_part, reads_shards
+from fullft.tokenizer import files, first_line, vocabulary_rows
+from fullft.weights import Part, Stored, Weights, locate, mean_row, read_parts
 
 _SHOWN = 5
 
@@ -60,28 +68,60 @@ def export_dtype(recipe: Recipe) -> torch.dtype:
     return chosen.get(recipe.export.dtype, precision(recipe))
 
 
-def on_meta(model: Model) -> PreTrainedModel:
-    """The model without storage, from its config alone.
+def _from_config(
+    model: Model, tokenizer: PreTrainedTokenizerBase | None, attention: str, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Raises BadInput when the config is missing or no causal language model."""
+    folder = files(model)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        text = config.get_text_config()
+        if tokenizer is not None:
+            text.vocab_size = vocabulary_rows(model, tokenizer, text.vocab_size)
+        built: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=model.trust_remote_code, attn_implementation=attention, dtype=dtype
+        )
+        if (folder / "generation_config.json").exists():
+            built.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # as above
+        advice = f"; model.attention is {attention}, try eager" if "attention" in str(error) else ""
+        reason = first_line(error)
+        raise BadInput(f"model.path: {model.path} cannot be built from its config: {reason}{advice}") from None
+    return built
+
+
+def on_meta(model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
+    """The model without storage, from its config alone; with the tokenizer's new tokens.
 
     Raises:
         BadInput: the config is missing or no causal language model.
     """
-    require_folder(model)
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+    # The flash packages may be on the GPU nodes only; whether the architecture has sdpa is known here.
+    attention = model.attention if model.attention in ("sdpa", "eager") else "eager"
+    with torch.device("meta"):
+        return _from_config(model, tokenizer, attention, None)
+
+
+def vocabulary_parameters(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that have a row for each token."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    own = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    return [name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in own]
+
+
+def weights_of(recipe: Recipe, meta: PreTrainedModel) -> Weights:
+    """Where the weights of a local folder are, and what of them does not fit; nothing for a hub name not downloaded."""
+    folder = files(recipe.model)
+    if not Path(recipe.model.path).is_dir() and not list(folder.glob("*.safetensors")):
+        return Weights({}, reason="they are not downloaded yet")
+    grows = bool(recipe.model.vocabulary_multiple or recipe.model.new_tokens)
+    found = locate(folder, meta, vocabulary_parameters(meta) if grows else [])
+    if grows and found.reason:
+        found.problems.append(
+            f"model.{'new_tokens' if recipe.model.new_tokens else 'vocabulary_multiple'}: {found.reason}, so the "
+            "vocabulary cannot be grown here; grow it with transformers' resize_token_embeddings and save the model"
         )
-        # The flash packages may be on the GPU nodes only; whether the architecture has sdpa is known here.
-        attention = model.attention if model.attention in ("sdpa", "eager") else "eager"
-        with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=model.trust_remote_code, attn_implementation=attention
-            )
-    except Exception as error:  # as above
-        advice = f"; model.attention is {model.attention}, try eager" if "attention" in str(error) else ""
-        reason = first_line(error)
-        raise BadInput(f"model.path: {model.path} cannot be built from its config: {reason}{advice}") from None
-    return built
+    return found
 
 
 def facts(model: PreTrainedModel) -> Facts:
@@ -95,73 +135,38 @@ def facts(model: PreTrainedModel) -> Facts:
     )  # fmt: skip
 
 
-def weight_problems(model: Model, meta: PreTrainedModel) -> list[str]:
-    """Tensors of a local folder that do not fit the config, from the headers of its safetensors files.
+def load(
+    recipe: Recipe, deepspeed_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, read: bool = True
+) -> PreTrainedModel:
+    """The base model in ZeRO-3 shards, each read from the files by the rank that owns it. All ranks together.
 
-    Models whose files hold other tensors than the model (experts fused on loading) are left to transformers.
-    """
-    folder = Path(model.path)
-    steps = get_model_conversion_mapping(meta)
-    if not folder.is_dir() or any(isinstance(step, WeightConverter) for step in steps):
-        return []
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        return [] if list(folder.glob("*.bin")) else [f"model.path: {folder} holds no weights (*.safetensors)"]
-    found: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safetensors.safe_open(file, framework="pt") as tensors:
-                found |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError) as error:
-            return [f"model.path: {file} cannot be read, is it complete? {error}"]
-    wanted = {name: list(tensor.shape) for name, tensor in meta.state_dict().items()}
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    found = {
-        rename_source_key(name, renamings, [], meta.base_model_prefix, wanted)[0]: shape
-        for name, shape in found.items()
-    }
-    tied = set(meta.all_tied_weights_keys)
-    missing = [name for name in wanted if name not in found and name not in tied]
-    misshaped = [
-        f"{name} {found[name]}, config says {wanted[name]}"
-        for name in wanted
-        if found.get(name, wanted[name]) != wanted[name]
-    ]
-    ignored = [*(meta._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias"]
-    surplus = [name for name in found if name not in wanted and not any(re.search(rule, name) for rule in ignored)]
-    problems = []
-    for what, names in (
-        ("lack tensors", missing),
-        ("have tensors that the model has not", surplus),
-        ("have tensors of other shapes", misshaped),
-    ):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            problems.append(
-                f"model.path: config and weights of {folder} disagree: the files {what}: "
-                f"{'; '.join(names[:_SHOWN])}{more}"
-            )
-    return problems
+    Where that cannot be, transformers loads: layer by layer, read by rank 0 and scattered. Every parameter is
+    trainable.
 
-
-def load(recipe: Recipe, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
-    """The base model, loaded into ZeRO-3 shards by transformers (all ranks together).
-
-    Every parameter is trainable.
+    Args:
+        read: False leaves the weights zero where it can, for a checkpoint that will fill them.
 
     Raises:
         BadInput: the weights do not fit the config.
     """
-    # from_pretrained builds under zero.Init if this object exists; it holds a weak reference, so we keep a strong one.
-    handle = HfDeepSpeedConfig(deepspeed_config)
-    dtype = precision(recipe)
-    model, report = AutoModelForCausalLM.from_pretrained(
-        recipe.model.path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
-        attn_implementation=recipe.model.attention, dtype=dtype, output_loading_info=True,
-    )  # fmt: skip
-    model.fullft_deepspeed_handle = handle
-    if bad := sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]:
-        raise BadInput(f"model.path: weights of {recipe.model.path} do not fit its config: {'; '.join(bad[:_SHOWN])}")
+    started, dtype = time.perf_counter(), precision(recipe)
+    folder = files(recipe.model, weights=True)
+    with _parameters_on_meta():
+        model = _from_config(recipe.model, tokenizer, recipe.model.attention, dtype)
+    weights = weights_of(recipe, model)
+    if weights.problems:
+        raise BadInput(weights.problems)
+    reason = weights.reason or reads_shards(deepspeed_config)
+    if reason:
+        model, said = _load_by_transformers(recipe, folder, deepspeed_config), f"by transformers, since {reason}"
+    else:
+        make_empty_shards(model, deepspeed_config, dtype)
+        count = _read_shards(recipe.model, model, weights, tokenizer) if read else 0
+        said = f"{count / 1e9:.2f} GB read by each rank" if read else "not read, a checkpoint has them"
+    if dist.get_rank() == 0:
+        print(f"weights: {said} ({time.perf_counter() - started:.1f} s)", flush=True)
+    # generate() asks it whether ranks must keep step; transformers holds a weak reference, so we keep a strong one.
+    model.fullft_deepspeed_handle = HfDeepSpeedConfig(deepspeed_config)
     model.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if parameter.ds_tensor.dtype != dtype:
@@ -170,6 +175,73 @@ def load(recipe: Recipe, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made in here have no storage; buffers, such as rotary frequencies, are computed as always."""
+    register = torch.nn.Module.register_parameter
+
+    def without_storage(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = without_storage  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def _read_shards(model: Model, built: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Fill this rank's shards, and all buffers, from the files; returns the bytes read."""
+    names, parts = {parameter: name for name, parameter in built.named_parameters()}, []
+    for parameter, name in names.items():
+        stored = weights.stored[name]
+        parts.append(Part(stored, *own_part(parameter, stored.numel)))
+    persistent = {name for name in built.state_dict() if name in weights.stored}
+    for module_name, module in built.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None:
+                continue
+            module._buffers[name] = buffer = buffer.to(device())
+            if (full := f"{module_name}.{name}".lstrip(".")) in persistent:
+                parts.append(Part(weights.stored[full], 0, buffer.view(-1)))
+    count = read_parts(parts)
+    new_ids = tokenizer.convert_tokens_to_ids(list(model.new_tokens))
+    for parameter in dict.fromkeys(map(built.get_parameter, vocabulary_parameters(built))):
+        _fill_new_rows(parameter, weights.stored[names[parameter]], new_ids)
+    return count
+
+
+def _fill_new_rows(parameter: Any, stored: Stored, new_ids: list[int]) -> None:
+    """New tokens, and rows that the files lack, start as the mean of the files' rows. All ranks together."""
+    rows = sorted({*new_ids, *range(stored.shape[0], parameter.ds_shape[0])})
+    if not rows:
+        return
+    shares = mean_row(stored, dist.get_rank(), dist.get_world_size()).to(device())
+    dist.all_reduce(shares)
+    mean = shares.sum(0).to(parameter.ds_tensor.dtype)
+    start, shard = own_part(parameter)
+    for row in rows:
+        first, last = (min(max(row * len(mean) + edge - start, 0), len(shard)) for edge in (0, len(mean)))
+        shard[first:last] = mean[first + start - row * len(mean) : last + start - row * len(mean)]
+
+
+def _load_by_transformers(recipe: Recipe, folder: Path, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+    # from_pretrained builds under zero.Init if this object exists.
+    handle = HfDeepSpeedConfig(deepspeed_config)
+    path = folder if list(folder.glob("*.safetensors")) else recipe.model.path
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
+        attn_implementation=recipe.model.attention, dtype=precision(recipe), output_loading_info=True,
+    )  # fmt: skip
+    model.fullft_deepspeed_handle = handle
+    if bad := sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]:
+        raise BadInput(f"model.path: weights of {recipe.model.path} do not fit its config: {'; '.join(bad[:_SHOWN])}")
+    return model  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

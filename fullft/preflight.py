@@ -22,7 +22,7 @@ from fullft.errors import BadInput
 from fullft.export import rehearse
 from fullft.recipe import Recipe, Source, identity, load_recipe
 from fullft.retention.suite import Suite
-from fullft.tokenizer import load_tokenizer
+from fullft.tokenizer import files, load_tokenizer
 
 T = TypeVar("T")
 
@@ -61,11 +61,12 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     attempt(check_run_folder, recipe)
     for source in _sources(recipe):
         attempt(source_files, source)
-    meta = attempt(model.on_meta, recipe.model)
-    # A missing folder has been reported once; the tokenizer would report it again.
-    tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
+    meta = tokenizer = None
+    if attempt(files, recipe.model) is not None:
+        tokenizer = attempt(load_tokenizer, recipe.model)
+        meta = attempt(model.on_meta, recipe.model, tokenizer)
     if meta is not None:
-        problems += model.weight_problems(recipe.model, meta)
+        problems += model.weights_of(recipe, meta).problems
     if meta is not None and tokenizer is not None:
         problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
@@ -151,7 +152,10 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     highest = max(tokenizer.get_vocab().values())
     if highest < rows:
         return []
-    return [f"model.path: the tokenizer has token ids up to {highest}, the model's embedding only {rows} rows"]
+    return [
+        f"model.path: the tokenizer has token ids up to {highest}, the model's embedding only {rows} rows; if these "
+        "belong together, model.vocabulary_multiple=1 grows it"
+    ]
 
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:

@@ -31,6 +31,12 @@ class Model(Section):
         "sdpa", description="attention implementation of transformers; checked to keep packed documents apart"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+    new_tokens: tuple[str, ...] = Field(
+        (), description="special tokens added to the tokenizer; their embeddings start as the mean of the old ones"
+    )
+    vocabulary_multiple: int | None = Field(
+        None, ge=1, description="grow the embedding to hold all ids of the tokenizer, to a multiple of this, e.g. 64"
+    )
 
 
 def _compiles(pattern: str | None) -> str | None:

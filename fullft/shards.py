@@ -18,6 +18,57 @@ from torch.distributed.tensor import DTensor, Shard
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
+def reads_shards(config: dict[str, Any]) -> str:
+    """Why shards cannot be made empty and filled from files under a DeepSpeed configuration; empty if they can."""
+    zero = config["zero_optimization"]
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        return "offload_param is nvme"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(key):
+            return f"{key} is set"
+    return "" if (zero.get("zero_hpz_partition_size") or 1) == 1 else "zero_hpz_partition_size is set"
+
+
+def make_empty_shards(model: torch.nn.Module, config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Turn a model on the meta device into one of ZeRO-3 parameters, whose shards are zeros; buffers are left.
+
+    `zero.Init` would make each parameter whole, broadcast it and cut it. Here none is ever whole: a parameter has the
+    memory of one element while DeepSpeed notes its shape.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    class EmptyShards(deepspeed.zero.Init):  # type: ignore[misc]
+        def _zero_init_param(self, parameter: Any) -> None:
+            self._convert_to_deepspeed_param(parameter)
+            width = self._aligned_size(parameter) // self._partition_world_size(parameter)
+            device = self.local_device if parameter.ds_persist else self.remote_device
+            shard: Any = torch.zeros(width, dtype=parameter.dtype, device=device)
+            if self.pin_memory and shard.device.type == "cpu":
+                shard = get_accelerator().pin_memory(shard)
+            shard.ds_numel, shard.status, shard.final_location = width, PartitionedParamStatus.AVAILABLE, None
+            parameter.ds_tensor, parameter.ds_numel_aligned = shard, self._aligned_size(parameter)
+            parameter.partition()
+
+    device = get_accelerator().current_device_name()
+    made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        for name, meta in module._parameters.items():
+            if meta is not None and meta not in made:
+                made[meta] = torch.nn.Parameter(torch.zeros(1, dtype=meta.dtype, device=device).expand(meta.shape))
+            if meta is not None:
+                module._parameters[name] = made[meta]
+    EmptyShards(module=model, config_dict_or_path=config, dtype=dtype)
+
+
+def own_part(parameter: Any, limit: int | None = None) -> tuple[int, torch.Tensor]:
+    """(first element, shard [n]) of this rank, n elements of the flattened parameter below `limit` (default: all)."""
+    start = dist.get_rank() * parameter.ds_tensor.numel()
+    end = min(start + parameter.ds_tensor.numel(), parameter.ds_numel if limit is None else limit)
+    return start, parameter.ds_tensor[: max(0, end - start)]
+
+
 def mesh_of_all_ranks(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (dist.get_world_size(),))
 

@@ -102,7 +102,9 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         _write_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
     torch.manual_seed(recipe.train.seed)
-    loaded = model.load(recipe, inputs.deepspeed_config)
+    resumes = [checkpoint.newest(recipe.run_folder / "checkpoints") is not None]
+    dist.broadcast_object_list(resumes, src=0)
+    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read=not resumes[0])
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
     trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
@@ -110,10 +112,10 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         raise RuntimeError(
             f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
         )
+    resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
         model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
 
-    resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
     if resumed and resumed["data"] != inputs.batches.fingerprint:
         raise BadInput(

@@ -33,6 +33,7 @@ def main() -> int:
         transformers.utils.logging.disable_progress_bar()
         from fullft.preflight import finished, preflight
         from fullft.retention.report import table
+        from fullft.tokenizer import files
         from fullft.trainer import train
 
         if finished(recipe):
@@ -40,6 +41,7 @@ def main() -> int:
                 print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
             return EXIT_DONE
         inputs = preflight(recipe, me.world_size)
+        files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
         train(recipe, me, inputs)
         cluster.leave()
