@@ -92,7 +92,8 @@ def _tensors_of(file: Path) -> dict[str, Stored]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"model.path: {file} cannot be read, is it complete? {error}") from None
     if not found or end != file.stat().st_size:
-        raise BadInput(f"model.path: {file} has {file.stat().st_size} bytes, its header says {end}; is it complete?")
+        size = file.stat().st_size
+        raise BadInput(f"model.path: {file} cannot be read, is it complete? It has {size} bytes, its header says {end}")
     return found
 
 
