@@ -244,9 +244,10 @@ def _shard_bytes(module: Any) -> int:
 
 def load_fullft(model: Path, work: Path) -> dict[str, float]:
     from fullft import model as models
+    from fullft.tokenizer import load_tokenizer
 
     recipe = _recipe(model, work)
-    config, tokenizer = _config(recipe, model), models.load_tokenizer(recipe.model)
+    config, tokenizer = _config(recipe, model), load_tokenizer(recipe.model)
     with Meter() as meter:
         loaded = models.load(recipe, config, tokenizer)
     return meter.result(shard_bytes=_shard_bytes(loaded))
@@ -268,9 +269,10 @@ def load_stock(model: Path, work: Path) -> dict[str, float]:
 def _engine(model: Path, work: Path, *, moments: bool, read: bool = True, **more: Any) -> tuple[Any, Any]:
     from fullft import engine, optim, shards
     from fullft import model as models
+    from fullft.tokenizer import load_tokenizer
 
     recipe = _recipe(model, work)
-    config, tokenizer = _config(recipe, model, **more), models.load_tokenizer(recipe.model)
+    config, tokenizer = _config(recipe, model, **more), load_tokenizer(recipe.model)
     loaded = models.load(recipe, config, tokenizer, read=read)
     started = engine.start(loaded, optim.build_optimizer(loaded, recipe.train, offload=False), config)
     if moments:

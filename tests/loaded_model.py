@@ -11,13 +11,14 @@ import torch.distributed as dist
 
 from fullft import cluster, engine, model
 from fullft.recipe import load_recipe
+from fullft.tokenizer import load_tokenizer
 
 
 def main() -> None:
     recipe = load_recipe(sys.argv[1])
     me = cluster.discover()
     cluster.join(me, 5)
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     precision = model.precision(recipe)
     hidden = model.facts(model.on_meta(recipe.model)).hidden_size
     config = engine.read_config(recipe)
