@@ -114,9 +114,8 @@ def weights_of(recipe: Recipe, meta: PreTrainedModel) -> Weights:
     folder = files(recipe.model)
     if not Path(recipe.model.path).is_dir() and not list(folder.glob("*.safetensors")):
         return Weights({}, reason="they are not downloaded yet")
-    grows = bool(recipe.model.vocabulary_multiple or recipe.model.new_tokens)
-    found = locate(folder, meta, vocabulary_parameters(meta) if grows else [])
-    if grows and found.reason:
+    found = locate(folder, meta, vocabulary_parameters(meta) if recipe.model.grows else [])
+    if recipe.model.grows and found.reason:
         found.problems.append(
             f"model.{'new_tokens' if recipe.model.new_tokens else 'vocabulary_multiple'}: {found.reason}, so the "
             "vocabulary cannot be grown here; grow it with transformers' resize_token_embeddings and save the model"

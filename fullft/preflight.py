@@ -22,7 +22,7 @@ from fullft.errors import BadInput
 from fullft.export import rehearse
 from fullft.recipe import Recipe, Source, identity, load_recipe
 from fullft.retention.suite import Suite
-from fullft.tokenizer import files, load_tokenizer
+from fullft.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
@@ -61,9 +61,10 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     attempt(check_run_folder, recipe)
     for source in _sources(recipe):
         attempt(source_files, source)
-    meta = tokenizer = None
-    if attempt(files, recipe.model) is not None:
-        tokenizer = attempt(load_tokenizer, recipe.model)
+    meta = attempt(model.on_meta, recipe.model)
+    # A missing folder has been reported once; the tokenizer would report it again.
+    tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
+    if tokenizer is not None and recipe.model.grows:
         meta = attempt(model.on_meta, recipe.model, tokenizer)
     if meta is not None:
         problems += model.weights_of(recipe, meta).problems

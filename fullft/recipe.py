@@ -38,6 +38,11 @@ class Model(Section):
         None, ge=1, description="grow the embedding to hold all ids of the tokenizer, to a multiple of this, e.g. 64"
     )
 
+    @property
+    def grows(self) -> bool:
+        """Whether the embedding may have more rows than its files."""
+        return bool(self.new_tokens or self.vocabulary_multiple)
+
 
 def _compiles(pattern: str | None) -> str | None:
     try:
