@@ -1,4 +1,4 @@
-"""The two ways a run ends early on purpose. Both carry text for a person; launch/train.py makes exit codes of them."""
+"""The ways a run ends early on purpose; launch/train.py makes exit codes of them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_REQUEUE = 85
 
 
 class BadInput(Exception):
@@ -26,3 +27,7 @@ class BadInput(Exception):
 
 class TrainingStopped(Exception):
     """Training cannot go on (exit code 1), e.g. the loss is not finite. Raised on all ranks at the same step."""
+
+
+class Preempted(Exception):
+    """A signal asked for the end (exit code 85). Raised on all ranks together; what was to be saved is saved."""

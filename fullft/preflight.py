@@ -22,6 +22,7 @@ from fullft.errors import BadInput
 from fullft.export import rehearse
 from fullft.recipe import Recipe, Source, identity, load_recipe
 from fullft.retention.suite import Suite
+from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ def check_run_folder(recipe: Recipe) -> None:
     folder = recipe.run_folder
     if file := next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None):
         raise BadInput(f"run_dir: {folder} cannot be made: {file} is a file")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name == REQUEUE for path in folder.iterdir())):
         return
     if not (folder / "recipe.yaml").exists():
         raise BadInput(

@@ -194,7 +194,15 @@ class Train(Section):
         False, description="recompute activations in backward: less memory, 25 % slower"
     )
     seed: int = Field(42, ge=0)
-    timeout_minutes: float = Field(30, gt=0, description="a collective that waits longer ends the run")
+    timeout_minutes: float = Field(
+        30, gt=0, description="a collective that waits longer ends the run; keep it above hang_timeout, which says why"
+    )
+    hang_timeout: float = Field(
+        1500, gt=0, description="seconds without progress (micro-batch, update, evaluation batch, save, phase of "
+        "loading) after which every rank writes its stacks to hang/ of the run folder, the ranks that are missing or "
+        "behind are named, and the run ends; above the longest save, and below timeout_minutes, which ends it without "
+        "a word on who hangs"
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
@@ -215,6 +223,10 @@ class Checkpoint(Section):
         "auto",
         description="auto: go on from the newest valid checkpoint of the run folder; never: refuse a used folder",
     )
+    grace_seconds: float = Field(
+        300, gt=0, description="time between SIGTERM or SIGUSR1 and the kill: the step is ended and saved in it, or "
+        "the process leaves before"
+    )  # fmt: skip
 
 
 class Task(Section):
@@ -303,7 +315,7 @@ class Recipe(Section):
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
     "train.micro_batch_size",
-    "train.activation_checkpointing", "train.timeout_minutes", "retention.generation_batch_size",
+    "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
     "retention.every_steps",
     "model.trust_remote_code",
 )  # fmt: skip

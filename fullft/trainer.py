@@ -7,17 +7,17 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import torch
 import torch.distributed as dist
 
-from fullft import checkpoint, model
+from fullft import checkpoint, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
 from fullft.engine import offloads_optimizer, start
-from fullft.errors import BadInput, TrainingStopped
+from fullft.errors import BadInput, Preempted, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
@@ -25,6 +25,7 @@ from fullft.preflight import Inputs
 from fullft.recipe import Recipe, fingerprint
 from fullft.retention.report import model_card, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
+from fullft.state import leave_marker, remove_marker, set_state
 from fullft.tracking import Tracker
 
 
@@ -33,20 +34,27 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
     Raises:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
+        Preempted: a signal came, and the checkpoint of the last step is written.
     """
-    engine, step, tokens_seen, tracker = set_up(recipe, cluster, inputs)
-    if step == 0 and inputs.suite.tasks:
-        tracker.log(0, evaluate(inputs, engine, 0, tracker), "before training")
+    engine, step, tokens_seen, unevaluated, tracker = set_up(recipe, cluster, inputs)
+    if inputs.suite.tasks and unevaluated is not None:
+        if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
+            leave_for_requeue(recipe, cluster, tracker, step)
+        tracker.log(step, unevaluated | evaluation, "before training" if step == 0 else "evaluated")
 
+    signals.enter("training")
     while step < inputs.total_steps:
         started = time.perf_counter()
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
+        watchdog.mark("data", step + 1)
         batches = list(inputs.batches.of_step(step, cluster.rank))
+        watchdog.mark("token count")
         # The loss is the mean over the labels of the global batch, so their number must be known before backward.
         labels_of_step, tokens_of_step = count_tokens(batches, engine.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
 
         for batch in (batch.to(engine.device) for batch in batches):
+            watchdog.mark("forward and backward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
             # 2. Token cross-entropy, summed
@@ -56,12 +64,13 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             engine.backward(loss * (cluster.world_size / labels_of_step), scale_wrt_gas=False)
 
         # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite)
+        watchdog.mark("update")
         rate = learning_rate(step, inputs.total_steps, recipe.train)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
         engine.step()
 
-        (loss_sum_of_step,) = sum_over_ranks(float(loss_sum), device=engine.device)
+        loss_sum_of_step, signalled = sum_over_ranks(float(loss_sum), bool(signals.name()), device=engine.device)
         loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
             stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, grad_norm)
@@ -78,15 +87,22 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         } | memory_metrics() | inputs.batches.account(step - 1)  # fmt: skip
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
-        evaluated = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
-        if evaluated:
-            row |= evaluate(inputs, engine, step, tracker)
-        if evaluated or is_due(step, recipe.tracking.every_steps, inputs.total_steps):
-            tracker.log(step, row, show)
-        if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
+        stopping = signals.heed(signalled)  # the same on all ranks
+        to_evaluate = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
+        evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
+        abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
+        stopping |= abandoned
+        if evaluation or (not abandoned and is_due(step, recipe.tracking.every_steps, inputs.total_steps)):
+            tracker.log(step, row | (evaluation or {}), show)
+        if stopping or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
             state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
             state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
+            state |= {"unevaluated": row if abandoned else None}
+            watchdog.mark("checkpoint")
             checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
+            stopping = stopping or signals.agreed(engine.device)  # a save takes long: no further step after it
+        if stopping:
+            leave_for_requeue(recipe, cluster, tracker, step)
 
     finish(recipe, cluster, inputs, engine, tracker)
 
@@ -95,16 +111,26 @@ def is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, Tracker]:
-    """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
+def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, dict[str, Any] | None, Tracker]:
+    """Run folder, model, engine and checkpoint.
+
+    Returns:
+        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker
+
+    Raises:
+        Preempted: a signal came to a rank.
+    """
     if cluster.is_main:
         _claim(recipe.run_folder)
         _write_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
+    watchdog.start(recipe.run_folder, recipe.train.hang_timeout)
     torch.manual_seed(recipe.train.seed)
     resumes = [checkpoint.newest(recipe.run_folder / "checkpoints") is not None]
     dist.broadcast_object_list(resumes, src=0)
+    end_loading_if_asked(recipe, cluster, "loading of the model")
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read=not resumes[0])
+    end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
     trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
@@ -112,11 +138,16 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         raise RuntimeError(
             f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
         )
+    end_loading_if_asked(recipe, cluster, "loading of the checkpoint")
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
         model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
 
+    if resumes[0] and not resumed:
+        raise RuntimeError(f"no checkpoint of {recipe.run_folder} was loaded, and so the base weights were not read")
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
+    unevaluated: dict[str, Any] | None = resumed.get("unevaluated") if resumed else {}
+    end_loading_if_asked(recipe, cluster, "start of tracking")
     if resumed and resumed["data"] != inputs.batches.fingerprint:
         raise BadInput(
             f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
@@ -128,7 +159,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         for skipped in resumed["skipped"]:
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
-    return engine, step, tokens_seen, tracker
+    return engine, step, tokens_seen, unevaluated, tracker
 
 
 def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
@@ -139,10 +170,15 @@ def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
     return int(all_labels), int(all_tokens)
 
 
-def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any]:
-    """Run the retention suite; its numbers as metrics."""
+def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any] | None:
+    """Run the retention suite; its numbers as metrics, or None if a signal came to a rank."""
     started = time.perf_counter()
-    report = inputs.suite.evaluate(engine, step)
+    watchdog.mark("evaluation", step)
+    try:
+        report = inputs.suite.evaluate(engine, step)
+    except Preempted:
+        tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
+        return None
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
     for line in summary_lines(report):
         tracker.say(line)
@@ -194,13 +230,33 @@ def stop_at_non_finite(
     raise TrainingStopped(message)
 
 
+def end_loading_if_asked(recipe: Recipe, cluster: Cluster, next_phase: str) -> None:
+    if signals.agreed(model.device()):
+        saved = checkpoint.newest(recipe.run_folder / "checkpoints")
+        leave_for_requeue(recipe, cluster, None, int(saved.name.removeprefix("step-")) if saved else 0)
+    watchdog.mark(next_phase)
+
+
+def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None, step: int) -> NoReturn:
+    """The end that a signal asked for: everything up to `step` is saved. All ranks together."""
+    if cluster.is_main:
+        set_state(recipe.run_folder, "requeue", step=step, signal=signals.name())
+        leave_marker(recipe.run_folder, step, signals.name())
+        print(f"{signals.name()}: saved up to step {step}; the same command goes on from there", flush=True)
+    if tracker:
+        tracker.finish({})
+    raise Preempted
+
+
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
     """Export the model, write the report, and mark the run as done."""
+    watchdog.mark("export")
     folder = recipe.run_folder / "export"
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     dtype = model.export_dtype(recipe)
     export(engine, inputs.tokenizer, folder, dtype, recipe.export.max_shard_gb, card)
+    signals.enter("over")
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
@@ -223,13 +279,6 @@ def _claim(folder: Path) -> None:
     _claims.append(lock)
 
 
-def set_state(folder: Path, status: str, **more: Any) -> None:
-    """state.json says how a run stands: launchers do not carry exit codes faithfully."""
-    partial = folder / "state.tmp"
-    partial.write_text(json.dumps({"status": status, "time": time.time()} | more))
-    partial.rename(folder / "state.json")
-
-
 def mark_failed(folder: Path) -> None:
     """state.json: failed, if this process has claimed the folder."""
     if _claims:
@@ -245,6 +294,7 @@ def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
     (folder / "env.json").write_text(json.dumps(environment, indent=1))
     (folder / "plan.json").write_text(json.dumps(inputs.plan, indent=1))
+    remove_marker(folder)
     set_state(folder, "running")
 
 

@@ -4,6 +4,7 @@ deepspeed launch/train.py --config launch/recipes/quickstart.yaml train.learning
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -11,9 +12,10 @@ import traceback
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from fullft import cluster
-from fullft.errors import EXIT_DONE, EXIT_FAILED, BadInput, TrainingStopped
+from fullft import cluster, signals
+from fullft.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, BadInput, Preempted, TrainingStopped
 from fullft.recipe import Recipe, load_recipe
+from fullft.state import remove_marker
 
 
 def main() -> int:
@@ -27,6 +29,7 @@ def main() -> int:
     try:
         me = cluster.discover()
         recipe = load_recipe(arguments.config, arguments.overrides)
+        signals.listen(recipe, me)
         # Heavy imports after the cheap checks, so that a typing error is told in a second.
         import transformers
 
@@ -38,20 +41,28 @@ def main() -> int:
 
         if finished(recipe):
             if me.is_main:
+                remove_marker(recipe.run_folder)
                 print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
             return EXIT_DONE
         inputs = preflight(recipe, me.world_size)
         files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
+        signals.enter("loading")
         train(recipe, me, inputs)
         cluster.leave()
         return EXIT_DONE
     except BadInput as error:
         mark_failed(me, recipe)
         cluster.exit_bad_input(error, me)
+    except Preempted:
+        with contextlib.suppress(RuntimeError):  # a rank whose grace period was over has gone
+            cluster.leave()  # the first rank to exit takes the others with it, so all must be ready
+        return EXIT_REQUEUE
     except TrainingStopped:  # on all ranks; said already, and in state.json
         pass
     except BaseException:
+        if signals.left_for_requeue():  # by a rank whose grace period was over; without it no collective ends
+            return EXIT_REQUEUE
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()
         mark_failed(me, recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -266,17 +267,22 @@ def test_what_only_the_inputs_show_is_told_once_too(recipe: dict[str, Any], run:
     run.assert_nothing_left()
 
 
-@pytest.mark.ranks
-def test_a_killed_rank_ends_the_whole_run_under_deepspeed(recipe: dict[str, Any], run: Run) -> None:
+def start_long(recipe: dict[str, Any], run: Run, *command: str, **options: Any) -> None:
+    """Start a run that would go on for hours, and see it train."""
     recipe["train"]["steps"] = 100_000
     recipe["checkpoint"]["every_steps"] = 100_000
-    run.start(*deepspeed_here(), *arguments(recipe))
+    run.start(*command, *arguments(recipe), **options)
     deadline = time.monotonic() + TRAINING_SECONDS
     while not ((Path(recipe["run_dir"]) / "metrics.jsonl").exists() and len(metrics(recipe)) > 3):
         assert time.monotonic() < deadline, run.output
         assert run.launcher
         assert run.launcher.poll() is None, run.output
         time.sleep(0.1)
+
+
+@pytest.mark.ranks
+def test_a_killed_rank_ends_the_whole_run_under_deepspeed(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *deepspeed_here())
     assert len(run.processes()) >= 4  # the launcher, its process for this node, and the ranks: they can be found
     run.rank(1).kill()
     killed = time.monotonic()
@@ -326,3 +332,56 @@ def test_mpirun_over_two_hosts_names_a_master_that_both_reach(
     assert [place["rank"] for place in places(run)] == [0, 1]
     (master,) = {place["master_addr"] for place in places(run)}
     assert master in ("n0", ssh.network.addresses["n0"])
+
+
+def assert_left_for_requeue(recipe: dict[str, Any], run: Run) -> None:
+    folder = Path(recipe["run_dir"])
+    state, marker = (json.loads((folder / name).read_text()) for name in ("state.json", "REQUEUE"))
+    assert (state["status"], state["step"]) == ("requeue", marker["step"]), run.output
+    assert (folder / f"checkpoints/step-{marker['step']:08d}/MANIFEST.json").exists()
+    run.assert_nothing_left(seconds=35)
+
+
+@pytest.mark.ranks
+def test_torchrun_passes_sigterm_on_and_waits_as_long_as_it_is_told(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *torchrun(2), "--shutdown-timeout", "300")
+    assert run.launcher
+    run.launcher.terminate()
+    assert run.wait(120) != 0, run.output
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.ranks
+def test_a_signal_to_one_rank_ends_a_run_under_deepspeed_with_code_85(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *deepspeed_here())
+    run.rank(1).terminate()
+    assert run.wait(120) == 85, run.output
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.ranks
+def test_sigterm_to_the_process_group_ends_a_run_under_deepspeed(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *deepspeed_here())  # in a session, hence a process group, of its own
+    assert run.launcher
+    os.killpg(run.launcher.pid, signal.SIGTERM)
+    assert run.wait(120) != 0, run.output
+    run.assert_nothing_left(seconds=90)  # the runner ends at once, its ranks after it
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.ranks
+def test_mpirun_passes_sigusr1_on(mpirun: tuple[str, ...], recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *mpirun, "-n", "2", sys.executable)
+    assert run.launcher
+    run.launcher.send_signal(signal.SIGUSR1)
+    assert run.wait(120) == 85, run.output
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.cluster
+def test_slurm_signals_all_ranks(nodes: slurm.Slurm, recipe: dict[str, Any], run: Run) -> None:
+    """As `sbatch --signal=USR1@300` does before the time limit."""
+    start_long(recipe, run, "srun", "--job-name=told", "-N2", sys.executable, popen=nodes.popen, **ON_HOSTS)
+    nodes.run("scancel", "--signal=USR1", "--name=told")
+    assert run.wait(120) != 0, run.output
+    assert_left_for_requeue(recipe, run)

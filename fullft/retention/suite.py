@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fullft import signals, watchdog
+from fullft.errors import Preempted
 from fullft.loss import IGNORE, labelled_logits
 from fullft.recipe import Recipe
 from fullft.retention.tasks import VALIDATION, Prepared, answer, prepare_tasks
@@ -39,7 +41,11 @@ class Suite:
         self.base: dict[str, float] = {}  # scores of step 0
 
     def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
-        """Run every task, write retention/step-….json, its items and samples/, and return the content of the former."""
+        """Run every task, write retention/step-….json, its items and samples/, and return the content of the former.
+
+        Raises:
+            Preempted: a signal came to a rank; on all ranks after the same batch.
+        """
         engine.eval()
         results = {}
         for prepared in self.tasks:
@@ -87,11 +93,14 @@ class Suite:
             (self.samples / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(shown) + "\n")
 
 
-def _share(count: int, run: Callable[[int], Any]) -> list[Any]:
+def _share(count: int, run: Callable[[int], Any], device: str) -> list[Any]:
     """[run(0), ..., run(count - 1)] on every rank, the calls dealt out to the ranks, equally many on each."""
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
     for batch in range(rank, count + (-count) % world, world):
+        if signals.agreed(device):
+            raise Preempted
+        watchdog.mark("evaluation")
         result = run(min(batch, count - 1))
         if batch < count:
             mine[batch] = result
@@ -133,7 +142,8 @@ def _run_text(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, A
         return [(number, -nats, tokens, right) for (number, _), (nats, tokens, right) in zip(chosen, sums, strict=True)]
 
     totals = [{"logprob": 0.0, "n_tokens": 0, "n_correct": 0, "n_bytes": item.text_bytes} for item in prepared.items]
-    for number, logprob, tokens, right in sorted(part for result in _share(len(batches), run) for part in result):
+    results = _share(len(batches), run, engine.device)
+    for number, logprob, tokens, right in sorted(part for result in results for part in result):
         totals[number]["logprob"] += logprob
         totals[number]["n_tokens"] += tokens
         totals[number]["n_correct"] += right
@@ -172,7 +182,7 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
     # generate() fills what is unset from the model's own config, where a repetition penalty would make it not greedy.
     own, engine.module.generation_config = engine.module.generation_config, greedy
     try:
-        texts = dict(pair for result in _share(len(batches), run) for pair in result)
+        texts = dict(pair for result in _share(len(batches), run, engine.device) for pair in result)
     finally:
         engine.module.generation_config = own
     results = []

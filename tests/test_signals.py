@@ -1,0 +1,205 @@
+"""A run that is told to end ends soon, whole, with exit code 85, and goes on as if it had never been told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import chats, losses, metrics, write_jsonl
+from ranks import Ranks
+
+pytestmark = pytest.mark.ranks
+
+REQUEUE = 85
+STEPS, EVALUATED, SAVED = 12, [0, 4, 8, 12], 5
+
+
+@pytest.fixture(scope="module")
+def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of a run whose time goes mostly into evaluations, of three tasks each; run_dir is not interrupted."""
+    folder = tmp_path_factory.mktemp("measured")
+    prompts = write_jsonl(folder / "prompts.jsonl", chats(12))
+    task = {"kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 12}
+    recipe = {
+        "run_dir": str(folder / "whole"),
+        "model": {"path": str(tiny_model)},
+        "data": {
+            "train": str(write_jsonl(folder / "train.jsonl", chats(40))), "sequence_length": 128,
+            "validation": str(write_jsonl(folder / "validation.jsonl", chats(60)[40:])),
+            "cache_dir": str(folder / "cache"),
+        },
+        "train": {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0},
+        "retention": {
+            "every_steps": 4, "generation_batch_size": 1,
+            "tasks": [task | {"name": "one"}, task | {"name": "two"}],
+        },
+        "checkpoint": {"every_steps": SAVED, "keep": 3},
+        "tracking": {"wandb": "offline"},
+        "export": {"dtype": "fp32"},
+    }  # fmt: skip
+    with Ranks(recipe) as ranks:
+        assert ranks.codes() == [0, 0], ranks.output
+    return recipe
+
+
+@pytest.fixture
+def preempted(measured: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The same recipe in a folder of its own."""
+    return measured | {"run_dir": str(tmp_path / "run")}
+
+
+def read(recipe: dict[str, Any], name: str) -> Any:
+    return json.loads((Path(recipe["run_dir"]) / name).read_text())
+
+
+def assert_left_for_requeue(ranks: Ranks, step: int | None = None) -> None:
+    assert ranks.codes() == [REQUEUE] * len(ranks.processes), ranks.output
+    marker, state = (json.loads((ranks.folder / name).read_text()) for name in ("REQUEUE", "state.json"))
+    assert marker["signal"] in ("SIGTERM", "SIGUSR1", "a signal to another rank")
+    assert (state["status"], state["step"]) == ("requeue", marker["step"])
+    assert (ranks.folder / f"checkpoints/step-{marker['step']:08d}/MANIFEST.json").exists() == (marker["step"] > 0)
+    if step is not None:
+        assert marker["step"] == step
+
+
+def assert_ends_as(recipe: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Started again, the run ends, and nothing of it differs from the uninterrupted one."""
+    with Ranks(recipe) as ranks:
+        assert ranks.codes() == [0, 0], ranks.output
+    assert not (Path(recipe["run_dir"]) / "REQUEUE").exists()
+    assert read(recipe, "state.json")["status"] == "done"
+    assert losses(recipe) == losses(whole)  # bit for bit
+    assert [row["step"] for row in metrics(recipe)] == list(range(STEPS + 1))  # every row once
+    for step in EVALUATED:
+        assert read(recipe, f"retention/step-{step:08d}.json") == read(whole, f"retention/step-{step:08d}.json")
+    evaluated = [row["step"] for row in metrics(recipe) if any(key.startswith("eval/") for key in row)]
+    assert evaluated == EVALUATED
+
+
+@pytest.mark.parametrize(("signum", "to"), [(signal.SIGTERM, (1,)), (signal.SIGUSR1, (0, 1))])
+def test_a_signal_in_training(
+    measured: dict[str, Any], preempted: dict[str, Any], signum: int, to: tuple[int, ...]
+) -> None:
+    file = Path(preempted["run_dir"]) / "metrics.jsonl"
+    with Ranks(preempted) as ranks:
+        ranks.wait_until(lambda: file.exists() and len(metrics(preempted)) > 2, "steps")
+        for _ in range(3):  # the second and third change nothing
+            ranks.send(signum, *to)
+        assert_left_for_requeue(ranks)
+    assert_ends_as(preempted, measured)
+
+
+@pytest.mark.parametrize("step", [0, 4, 12])
+def test_an_evaluation_is_abandoned_and_done_after_the_resume(
+    measured: dict[str, Any], preempted: dict[str, Any], step: int
+) -> None:
+    """The one before training, one in it, and the last one."""
+    folder = Path(preempted["run_dir"]) / "retention"
+    with Ranks(preempted) as ranks:
+        ranks.wait_until((folder / f"items/step-{step:08d}.validation.jsonl").exists, "first task")
+        ranks.send(signal.SIGTERM, 1)
+        assert_left_for_requeue(ranks, step)
+    assert not (folder / f"step-{step:08d}.json").exists()  # it was abandoned, not finished
+    if step == 4:  # and abandoned once more, by a signal while it is done again
+        (folder / f"items/step-{step:08d}.validation.jsonl").unlink()
+        with Ranks(preempted) as ranks:
+            ranks.wait_until((folder / f"items/step-{step:08d}.validation.jsonl").exists, "first task again")
+            ranks.send(signal.SIGUSR1)
+            assert_left_for_requeue(ranks, step)
+    assert_ends_as(preempted, measured)
+
+
+def test_a_signal_while_saving(measured: dict[str, Any], preempted: dict[str, Any]) -> None:
+    checkpoints = Path(preempted["run_dir"]) / "checkpoints"
+    with Ranks(preempted) as ranks:
+        ranks.wait_until(lambda: any(checkpoints.glob("step-*.tmp")), "a checkpoint")
+        ranks.send(signal.SIGTERM, 0)
+        assert_left_for_requeue(ranks, SAVED)  # no step after it
+    assert_ends_as(preempted, measured)
+
+
+def test_a_signal_while_exporting_changes_nothing(measured: dict[str, Any], preempted: dict[str, Any]) -> None:
+    folder = Path(preempted["run_dir"])
+    with Ranks(preempted) as ranks:
+        ranks.wait_until(lambda: (folder / "checkpoints" / f"step-{STEPS:08d}").exists(), "the last checkpoint")
+        ranks.wait_until(lambda: (folder / "report.html").exists(), "the end")
+        ranks.send(signal.SIGTERM)
+        assert ranks.codes() == [0, 0], ranks.output
+    assert not (folder / "REQUEUE").exists()
+    assert read(preempted, "state.json")["status"] == "done"
+    assert losses(preempted) == losses(measured)
+
+
+def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: dict[str, Any]) -> None:
+    with Ranks(preempted) as ranks:  # before the process group; the folder does not exist yet
+        ranks.wait_until_they_listen()
+        ranks.send(signal.SIGUSR1)
+        assert ranks.codes(20) == [REQUEUE, REQUEUE], ranks.output
+    assert read(preempted, "REQUEUE") | {"time": 0} == {"step": 0, "signal": "SIGUSR1", "time": 0}
+    with Ranks(preempted) as ranks:
+        ranks.wait_until(lambda: "loading " in ranks.logs[0].read_text(), "loading")
+        ranks.send(signal.SIGTERM, 1)
+        assert_left_for_requeue(ranks, 0)
+        assert "step 1/" not in ranks.output
+    assert_ends_as(preempted, measured)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_signals_at_random_moments(measured: dict[str, Any], preempted: dict[str, Any], seed: int) -> None:
+    chance = random.Random(seed)
+    for _ in range(5):
+        with Ranks(preempted) as ranks:
+            ranks.wait_until_they_listen()
+            signum, to = chance.choice([(signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGUSR1, (0, 1))])
+            moment = chance.uniform(4, 16)
+            print(f"{signal.Signals(signum).name} to {to} after {moment:.1f} s")
+            with contextlib.suppress(AssertionError):
+                ranks.codes(moment)
+            ranks.send(signum, *to)
+            codes = ranks.codes()
+            if codes != [0, 0]:
+                assert_left_for_requeue(ranks)
+    assert_ends_as(preempted, measured)
+
+
+def stuck(recipe: dict[str, Any], ready: Callable[[], bool]) -> tuple[Ranks, list[int]]:
+    """Rank 1 freezes, so that rank 0 waits in a collective for ever; then it gets the signal."""
+    with Ranks(recipe) as ranks:
+        ranks.wait_until(ready, "training")
+        ranks.send(signal.SIGSTOP, 1)
+        ranks.send(signal.SIGTERM, 0)
+        code = ranks.processes[0].wait(60)
+        ranks.send(signal.SIGCONT, 1)
+        return ranks, [code, ranks.processes[1].wait(60)]
+
+
+def test_a_grace_period_too_short_leaves_the_checkpoint_before(
+    measured: dict[str, Any], preempted: dict[str, Any]
+) -> None:
+    preempted["checkpoint"] = measured["checkpoint"] | {"grace_seconds": 5}
+    saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
+    ranks, codes = stuck(preempted, saved.exists)
+    assert codes == [REQUEUE, REQUEUE], ranks.output
+    assert "checkpoint.grace_seconds (5 s) ran out on rank 0" in ranks.output
+    assert read(preempted, "REQUEUE")["step"] == read(preempted, "state.json")["step"] == SAVED
+    assert read(preempted, "state.json")["status"] == "requeue"
+    assert_ends_as(preempted, measured)
+
+
+def test_a_grace_period_too_short_for_the_first_checkpoint(preempted: dict[str, Any]) -> None:
+    preempted["checkpoint"] = {"every_steps": 100, "grace_seconds": 5}
+    preempted["train"] = preempted["train"] | {"steps": 1000}
+    file = Path(preempted["run_dir"]) / "metrics.jsonl"
+    ranks, codes = stuck(preempted, lambda: file.exists() and len(metrics(preempted)) > 2)
+    assert codes[0] == REQUEUE, ranks.output
+    assert not (Path(preempted["run_dir"]) / "REQUEUE").exists()  # started again, it would be as far at the next signal
+    state = read(preempted, "state.json")
+    assert state["status"] == "failed"
+    assert "there is none before it" in state["reason"]
