@@ -26,3 +26,7 @@ class BadInput(Exception):
 
 class TrainingStopped(Exception):
     """Training cannot go on (exit code 1), e.g. the loss is not finite. Raised on all ranks at the same step."""
+
+
+class LeaseLost(TrainingStopped):
+    """Another job has taken over the run folder. Raised on rank 0 alone: the launcher ends the other ranks."""

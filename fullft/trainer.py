@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -9,21 +10,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import filelock
 import torch
 import torch.distributed as dist
 
-from fullft import checkpoint, model
+from fullft import checkpoint, lease, model
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
 from fullft.engine import offloads_optimizer, start
-from fullft.errors import BadInput, TrainingStopped
+from fullft.errors import BadInput, LeaseLost, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
-from fullft.recipe import Recipe, fingerprint
-from fullft.retention.report import model_card, summary_lines, write_report
+from fullft.recipe import Recipe, differences, identity
+from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
 from fullft.tracking import Tracker
 
@@ -34,7 +34,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     Raises:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
     """
-    engine, step, tokens_seen, tracker = set_up(recipe, cluster, inputs)
+    engine, step, tokens_seen, tracker, saver = set_up(recipe, cluster, inputs)
     if step == 0 and inputs.suite.tasks:
         tracker.log(0, evaluate(inputs, engine, 0, tracker), "before training")
 
@@ -64,6 +64,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         (loss_sum_of_step,) = sum_over_ranks(float(loss_sum), device=engine.device)
         loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
+            saver.wait()
             stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, grad_norm)
         step += 1
         tokens_seen += tokens_of_step
@@ -81,13 +82,17 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         evaluated = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
         if evaluated:
             row |= evaluate(inputs, engine, step, tracker)
+        to_save = is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
+        if to_save:
+            saver.copy()
         if evaluated or is_due(step, recipe.tracking.every_steps, inputs.total_steps):
-            tracker.log(step, row, show)
-        if is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
-            state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
+            tracker.log(step, row | saver.metrics(), show)
+        if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
+            state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
             state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
-            checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
+            saver.write(state | {"score": row.get("checkpoint/score")})
 
+    saver.wait()
     finish(recipe, cluster, inputs, engine, tracker)
 
 
@@ -95,11 +100,10 @@ def is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, Tracker]:
-    """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker)."""
+def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, Tracker, checkpoint.Saver]:
+    """Run folder, model, engine and checkpoint; returns (engine, step, tokens seen, tracker, saver)."""
     if cluster.is_main:
-        _claim(recipe.run_folder)
-        _write_run_folder(recipe, cluster, inputs)
+        _own_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
     torch.manual_seed(recipe.train.seed)
     loaded = model.load(recipe, inputs.deepspeed_config)
@@ -119,14 +123,17 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         raise BadInput(
             f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
         )
+    if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
+        raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
+    saver = checkpoint.Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
     if resumed:
         for skipped in resumed["skipped"]:
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
-    return engine, step, tokens_seen, tracker
+    return engine, step, tokens_seen, tracker, saver
 
 
 def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
@@ -144,7 +151,8 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
     for line in summary_lines(report):
         tracker.say(line)
-    return {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started} | flat_metrics(report)
+    metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
+    return metrics | flat_metrics(report) | {"checkpoint/score": score(report)}
 
 
 def memory_metrics() -> dict[str, float]:
@@ -167,6 +175,7 @@ def stop_at_non_finite(
     grad_norm: float,
 ) -> None:
     """Save what led to a loss or gradient norm that is not finite, and stop on all ranks."""
+    lease.check()
     folder = recipe.run_folder / "failure" / f"step-{step + 1:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([vars(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
@@ -205,45 +214,39 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
 
 
-_claims: list[filelock.BaseFileLock] = []  # held until the process ends, however it ends
-
-
-def _claim(folder: Path) -> None:
-    """Raises BadInput when another process trains into this folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BadInput(
-            f"run_dir: another process is training into {folder}; end it, or choose another run_dir"
-        ) from None
-    _claims.append(lock)
-
-
 def set_state(folder: Path, status: str, **more: Any) -> None:
-    """state.json says how a run stands: launchers do not carry exit codes faithfully."""
-    partial = folder / "state.tmp"
-    partial.write_text(json.dumps({"status": status, "time": time.time()} | more))
-    partial.rename(folder / "state.json")
+    """state.json says how a run stands: launchers do not carry exit codes faithfully. Any end releases the lease."""
+    lease.write(folder / "state.json", json.dumps({"status": status, "time": time.time()} | more))
+    if status != "running":
+        lease.release()
 
 
 def mark_failed(folder: Path) -> None:
-    """state.json: failed, if this process has claimed the folder."""
-    if _claims:
-        set_state(folder, "failed")
+    """state.json: failed, if this process owns the folder."""
+    if lease.is_held():
+        with contextlib.suppress(OSError, LeaseLost):  # what has failed may be the disk
+            set_state(folder, "failed")
+        lease.release()
 
 
-def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+    """Take the lease of the run folder, and write down what is trained in it, and where.
+
+    Raises:
+        BadInput: another process trains into it, or it cannot be written.
+    """
     folder = recipe.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "recipe.tmp"  # a torn recipe.yaml would lock the user out of the run
-    partial.write_text(recipe.to_yaml())
-    partial.rename(folder / "recipe.yaml")
     environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
-    (folder / "env.json").write_text(json.dumps(environment, indent=1))
-    (folder / "plan.json").write_text(json.dumps(inputs.plan, indent=1))
-    set_state(folder, "running")
+    try:
+        lease.take(folder, recipe.checkpoint.lease_seconds)
+        lease.write(folder / "recipe.yaml", recipe.to_yaml())
+        lease.write(folder / "env.json", json.dumps(environment, indent=1))
+        lease.write(folder / "plan.json", json.dumps(inputs.plan, indent=1))
+        set_state(folder, "running")
+        if (folder / "export").exists():  # of an end that was interrupted: it is exported again
+            lease.remove(folder / "export")
+    except OSError as error:
+        raise BadInput(f"run_dir: {folder} cannot be written ({error}); mend it, or choose another run_dir") from None
 
 
 def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int) -> list[str]:
