@@ -1,32 +1,48 @@
-"""Checkpoints: written by all ranks, trusted only when whole, resumed at any world size.
+"""Checkpoints: written by all ranks in the background, trusted only when whole, resumed at any world size.
 
     checkpoints/step-00000200/   __<rank>_0.distcp, .metadata   torch.distributed.checkpoint files
-                                 state.json                     step, tokens, recipe, ...
+                                 state.json                     step, tokens, recipe, score, ...
                                  MANIFEST.json                  sizes and sha256 of all of these
 
-A checkpoint is written as step-00000200.tmp and renamed when every file is on disk. It holds the fp32 master weights
-and both AdamW moments as 1-D DTensors, 12 bytes a parameter. There is no random state in it: all randomness of a run
-is a function of (seed, step, rank).
+A checkpoint is written as step-00000200.g3.tmp (3: the generation of the run folder's lease) and renamed when every
+file is on disk. It holds the fp32 master weights and both AdamW moments as 1-D DTensors, 12 bytes a parameter. There is
+no random state in it: all randomness of a run is a function of (seed, step, rank).
+
+Training waits only while the shards are copied to host memory. A thread of each rank writes the copies; what these
+threads tell each other goes through a gloo group of their own, so it never meets a collective of the training.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from fullft import lease
+from fullft.cluster import available_host_memory
+from fullft.errors import BadInput, LeaseLost
+from fullft.recipe import Checkpoint
 from fullft.shards import (
     STATES,
     allocate_optimizer_states,
+    local_part,
     mesh_of_all_ranks,
     optimizer_shards,
     refresh_model_from_optimizer,
@@ -34,60 +50,196 @@ from fullft.shards import (
     set_optimizer_step,
     to_dtensor,
 )
+from fullft.tracking import Tracker
 
 _MANIFEST = "MANIFEST.json"
+_LONGEST_WRITE = timedelta(hours=6)  # a rank that waits longer for another's files takes the write for failed
+_SHARE_OF_FREE_MEMORY = 0.9
+
+Tensors = dict[str, dict[str, torch.Tensor]]  # {state: {parameter name: DTensor [numel] fp32}}
 
 
-def save(engine: Any, folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `state["step"]` and delete all but the newest `keep`. All ranks together."""
-    final = folder / f"step-{state['step']:08d}"
-    partial = final.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        for abandoned in folder.glob("step-*.tmp"):  # of a run that was killed while saving
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    dcp_save(_tensors(list(optimizer_shards(engine))), storage_writer=FileSystemWriter(partial, sync_files=True))
-    mine = [file for file in partial.iterdir() if file.name.startswith(f"__{dist.get_rank()}_")]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, [_entry(file) for file in mine])
-    if dist.get_rank() == 0:
+class Saver:
+    """Writes the checkpoints of a run. All ranks together call `copy`, then `write`, at the same steps.
+
+    A write that fails on any rank (disk full, I/O error) is told and counted, leaves the older checkpoints as they are,
+    and does not end the training. Every method raises LeaseLost on rank 0 if another job has taken over the run folder.
+    """
+
+    def __init__(self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int) -> None:
+        self._engine, self._folder, self._settings, self._tracker = engine, folder, settings, tracker
+        self.saved_step = resumed_step  # the newest that is on disk
+        self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
+        self._copies: Tensors | None = None  # in host memory, made at the first save and used for every one
+        self._asynchronous = settings.asynchronous
+        self._thread: threading.Thread | None = None
+        self._lost: LeaseLost | None = None
+        self._waited_seconds = 0.0
+        self._rows: deque[dict[str, float]] = deque()  # metrics not yet logged
+
+    @torch.no_grad()
+    def copy(self) -> None:
+        """Copy the shards of this rank to host memory, once the write before has ended."""
+        started = time.perf_counter()
+        self.wait()
+        if self._asynchronous and self._copies is None:
+            self._copies, why_not = _allocate_copies(self._engine, self._group)
+            if self._copies is None:
+                self._asynchronous = False
+                self._tracker.say(f"checkpoints are written while training waits: {why_not}")
+        if self._copies is not None:
+            for name, parameter, shards in optimizer_shards(self._engine):
+                for state, shard in shards.items():
+                    local: torch.Tensor = self._copies[state][name].to_local()  # type: ignore[attr-defined]
+                    local.copy_(shard[local_part(parameter)], non_blocking=True)
+            if torch.device(self._engine.device).type == "cuda":
+                torch.cuda.synchronize()
+            self._waited_seconds = time.perf_counter() - started
+            self._rows.append({"time/checkpoint_stall_seconds": self._waited_seconds})
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Write what `copy` has copied as the checkpoint of `state["step"]`: in the background, or at once without
+        copies. The row of the step's metrics should be on disk before: a resumed run does not log it again."""
+        if state["step"] == self.saved_step:
+            return
+        started = time.perf_counter()
+        if self._copies is not None:
+            tensors = self._copies
+            self._thread = threading.Thread(
+                target=self._write, args=(tensors, state, started), name="checkpoint", daemon=True
+            )
+            self._thread.start()
+        else:
+            shards = list(optimizer_shards(self._engine))
+            self._write(_tensors(shards), state, started)
+            self._rows.append({"time/checkpoint_stall_seconds": time.perf_counter() - started})  # in a later row
+            self.wait()
+
+    def wait(self) -> None:
+        """Until no write is under way."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._lost is not None:
+            raise self._lost
+
+    def metrics(self) -> dict[str, float]:
+        """New since the last call: time/checkpoint_stall_seconds, time/checkpoint_seconds, checkpoint/failed."""
+        row: dict[str, float] = {}
+        while self._rows:
+            row |= self._rows.popleft()
+        return row
+
+    def _write(self, tensors: Tensors, state: dict[str, Any], started: float) -> None:
+        """Write a checkpoint and tell how it went, never raising: the same on all ranks."""
+        name = f"step-{state['step']:08d}"
+        try:
+            failure = self._write_together(tensors, state, self._folder / name)
+        except Exception as error:  # a rank is gone, so the run ends anyway
+            failure = _reason(error)
+        seconds = time.perf_counter() - started
+        if failure:
+            self._rows.append({"checkpoint/failed": 1.0})
+            self._tell_failure(name, failure)
+        else:
+            self.saved_step = state["step"]
+            self._rows.append({"checkpoint/failed": 0.0, "time/checkpoint_seconds": seconds})
+            waited = f"training waited {self._waited_seconds:.1f} s" if self._thread else "training waited"
+            self._tracker.say(f"checkpoint {name} on disk after {seconds:.1f} s ({waited})")
+
+    def _write_together(self, tensors: Tensors, state: dict[str, Any], final: Path) -> str:
+        """Returns what failed, on any rank, empty if nothing."""
+        opened, failure = self._on_main(lambda: _new_folder(lease.partial(final)))
+        if failure:
+            return failure
+        partial = Path(opened)
+        try:
+            # Copied ahead, tensors would wait for the training's stream; these are in host memory or waited for anyway.
+            writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
+            dcp_save(tensors, storage_writer=writer, process_group=self._group)
+            mine = [_entry(file) for file in partial.iterdir() if file.name.startswith(f"__{dist.get_rank()}_")]
+            failure = ""
+        except CheckpointException as error:  # on all ranks
+            mine, failure = [], _reason(error)
+        except OSError as error:
+            mine, failure = [], f"rank {dist.get_rank()} on {socket.gethostname()}: {_reason(error)}"
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (mine, failure), group=self._group)
+        failure = next((failure for _, failure in parts if failure), "")
+        if not failure:
+            files = [entry for part, _ in parts for entry in part]
+            _, failure = self._on_main(lambda: self._commit(partial, final, files, state))
+        if failure and dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        return failure
+
+    def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str]:
+        """(result, "") of an action on rank 0, or (None, what failed), on all ranks."""
+        answer: list[Any] = [None, ""]
+        if dist.get_rank() == 0:
+            try:
+                answer[0] = action()
+            except LeaseLost as error:
+                self._lost = error
+                answer[1] = str(error)
+            except Exception as error:
+                answer[1] = f"rank 0 on {socket.gethostname()}: {_reason(error)}"
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        return answer[0], answer[1]
+
+    def _commit(self, partial: Path, final: Path, files: list[dict[str, Any]], state: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        files = [entry for part in parts for entry in part]
         files += [_entry(partial / name) for name in (".metadata", "state.json")]
         (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         _to_disk(partial)
-        # What is there of this step or a later one is damaged: the run would have resumed from it. It must not count
-        # among the kept.
-        for damaged in (path for path in folder.glob("step-*") if path.name >= final.name and path != partial):
-            shutil.rmtree(damaged)
-        partial.rename(final)
-        _to_disk(folder)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+        lease.commit(final)
+        _to_disk(self._folder)
+        try:
+            for old in _superfluous(self._folder, self._settings):
+                lease.remove(old)
+        except OSError as error:
+            self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {error}")
+
+    def _tell_failure(self, name: str, failure: str) -> None:
+        if self._lost is not None:
+            return
+        text = f"checkpoint {name} could not be written: {failure}. Training goes on. "
+        with contextlib.suppress(OSError):
+            there, free = newest(self._folder), shutil.disk_usage(self._folder).free
+            text += f"Newest checkpoint on disk: {there.name if there else 'none'}; "
+            text += f"{free / 2**30:.2f} GiB are free in {self._folder}"
+        self._tracker.say(f"WARNING: {text}")
+        self._tracker.alert("checkpoint could not be written", text)
 
 
 def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
     """Resume from the newest checkpoint that is whole; None if there is none. All ranks together.
 
+    Newer ones that are damaged are set aside as step-….damaged, and deleted after the next checkpoint.
+
     Returns:
         its state.json, with "skipped": what was passed over, and why.
+
+    Raises:
+        BadInput: none is whole, or it is of another model.
     """
-    candidates: list[Any] = [[str(path) for path in reversed(_complete(folder))]]
+    candidates: list[Any] = [[str(path) for path in reversed(_named(folder))]]
     dist.broadcast_object_list(candidates, src=0)
-    skipped: list[str] = []
+    skipped: dict[str, str] = {}
     for name in candidates[0]:
         if damage := _damage(Path(name)):
-            skipped.append(f"{name}: {damage}")
+            skipped[name] = damage
             continue
         state: dict[str, Any] = json.loads((Path(name) / "state.json").read_text())
         _load(engine, Path(name), state["step"])
-        return state | {"path": name, "skipped": skipped}
+        if dist.get_rank() == 0:
+            for damaged in skipped:
+                _set_aside(Path(damaged))
+        return state | {"path": name, "skipped": [f"{name}: {damage}" for name, damage in skipped.items()]}
     if skipped:
-        raise RuntimeError(
-            f"no checkpoint in {folder} is whole: {'; '.join(skipped)}. To start again from the base model, delete it"
+        listed = "; ".join(f"{name}: {damage}" for name, damage in skipped.items())
+        raise BadInput(
+            f"run_dir: no checkpoint is whole ({listed}). To start again from the base model, delete {folder}"
         )
     return None
 
@@ -101,46 +253,128 @@ def newest(folder: Path) -> Path | None:
 def _load(engine: Any, path: Path, step: int) -> None:
     allocate_optimizer_states(engine)
     shards = list(optimizer_shards(engine))
-    dcp_load(_tensors(shards), storage_reader=FileSystemReader(path))
+    tensors, reader = _tensors(shards), FileSystemReader(path)
+    if difference := _difference(tensors, reader):
+        raise BadInput(f"run_dir: {path} is a checkpoint of another model: {difference}; use another run_dir")
+    dcp_load(tensors, storage_reader=reader)
     for _, parameter, states in shards:
         set_optimizer_shards(parameter, states)
     set_optimizer_step(engine, step)
     refresh_model_from_optimizer(engine)
 
 
-def _tensors(shards: list[tuple[str, Any, dict[str, torch.Tensor]]]) -> dict[str, Any]:
-    """{state: {parameter name: DTensor}} over the memory of the shards, so that loading fills them."""
+def _difference(tensors: Tensors, reader: FileSystemReader) -> str:
+    """The first parameter that model and checkpoint do not have alike, empty if there is none."""
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    ours = {f"weight.{name}": tensor.numel() for name, tensor in tensors["weight"].items()}
+    theirs = {key: value.size.numel() for key, value in saved.items() if key.startswith("weight.")}
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            name = key.removeprefix("weight.")
+            return f"{name} has {ours.get(key, 'no')} elements in the model, {theirs.get(key, 'no')} in the checkpoint"
+    return ""
+
+
+def _tensors(shards: list[tuple[str, Any, dict[str, torch.Tensor]]]) -> Tensors:
+    """The shards as DTensors that share their memory, so that loading fills them."""
     mesh = mesh_of_all_ranks(shards[0][2]["weight"].device.type)
-    tensors: dict[str, dict[str, torch.Tensor]] = {state: {} for state in STATES}
+    tensors: Tensors = {state: {} for state in STATES}
     for name, parameter, states in shards:
         for state, shard in states.items():
             tensors[state][name] = to_dtensor(shard, parameter, mesh)
     return tensors
 
 
+def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
+    """Room in host memory for the shards of this rank, pinned on GPU hosts; None and the reason if a host has not
+    enough for all its ranks. The same on all ranks."""
+    parameters = list(engine.module.named_parameters())
+    count = len(STATES) * sum(local_part(parameter).stop for _, parameter in parameters)
+    mine = (socket.gethostname(), 4 * count, available_host_memory())
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine, group=group)
+    for host in sorted({host for host, _, _ in ranks}):
+        needed = sum(size for on, size, _ in ranks if on == host)
+        free = min(free for on, _, free in ranks if on == host)
+        if needed > _SHARE_OF_FREE_MEMORY * free:
+            return None, f"{host} has {free / 2**30:.1f} GiB of memory free, copies would take {needed / 2**30:.1f} GiB"
+    problem, block = "", torch.empty(0)
+    try:
+        block = torch.empty(count, dtype=torch.float32)
+        if torch.device(engine.device).type == "cuda" and count:
+            # One block, registered with CUDA by hand: pin_memory() would round it up to a power of two.
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+    except RuntimeError as error:
+        problem = f"no memory for copies on {socket.gethostname()}: {_reason(error)}"
+    dist.all_gather_object(ranks, problem, group=group)
+    if problem := next((problem for problem in ranks if problem), ""):
+        return None, problem
+    mesh, at = mesh_of_all_ranks("cpu"), 0
+    copies: Tensors = {state: {} for state in STATES}
+    for name, parameter in parameters:
+        for state in STATES:
+            size = local_part(parameter).stop
+            copies[state][name] = to_dtensor(block[at : at + size], parameter, mesh)
+            at += size
+    return copies, ""
+
+
+def _named(folder: Path) -> list[Path]:
+    """Everything called a checkpoint, oldest first, whole or not."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints with a manifest, oldest first; contents not verified."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp" and (path / _MANIFEST).exists())
+    return [path for path in _named(folder) if (path / _MANIFEST).exists()]
+
+
+def _superfluous(folder: Path, settings: Checkpoint) -> list[Path]:
+    """What may go now that a checkpoint was written: all but the newest and the best, and what was set aside."""
+    complete = _complete(folder)
+    kept = complete[-settings.keep :]
+    scored = [(score, path) for path in complete if (score := _score(path)) is not None]
+    if settings.keep_best and scored:
+        kept.append(max(scored)[1])
+    return [path for path in complete if path not in kept] + list(folder.glob("step-*.damaged"))
+
+
+def _score(path: Path) -> float | None:
+    """The score in a checkpoint's state.json, see `retention.report.score`; None if that step was not evaluated."""
+    try:
+        score: float | None = json.loads((path / "state.json").read_text()).get("score")
+    except (OSError, ValueError):
+        return None
+    return score
+
+
+def _set_aside(path: Path) -> None:
+    lease.check()
+    damaged = path.with_suffix(".damaged")
+    shutil.rmtree(damaged, ignore_errors=True)
+    path.rename(damaged)
 
 
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer."""
+    mine = ""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        files, mine = [], f"{_MANIFEST} cannot be read ({error})"
-    else:
-        mine = ""
-    for entry in files[dist.get_rank() :: dist.get_world_size()]:
-        file = path / entry["name"]
-        if not file.exists():
-            mine = f"{entry['name']} is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            mine = f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif _sha256(file) != entry["sha256"]:
-            mine = f"{entry['name']} does not match its checksum"
+        for entry in files[dist.get_rank() :: dist.get_world_size()]:
+            file = path / entry["name"]
+            if not file.exists():
+                mine = f"{entry['name']} is missing"
+            elif file.stat().st_size != entry["bytes"]:
+                mine = f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            elif _sha256(file) != entry["sha256"]:
+                mine = f"{entry['name']} does not match its checksum"
+    except FileNotFoundError:
+        mine = f"{_MANIFEST} is missing"
+    except OSError as error:
+        mine = f"cannot be read ({error})"
+    except (ValueError, KeyError, TypeError) as error:
+        mine = f"{_MANIFEST} cannot be read ({type(error).__name__}: {error})"
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return next((damage for damage in found if damage), "")
@@ -153,6 +387,20 @@ def _entry(file: Path) -> dict[str, Any]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _reason(error: BaseException) -> str:
+    """One line of an error, those of DCP without their tracebacks."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(f"rank {rank}: {_reason(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}: {first}"
+
+
+def _new_folder(path: Path) -> str:
+    shutil.rmtree(path, ignore_errors=True)  # of this step, from a write that failed
+    path.mkdir(parents=True)
+    return str(path)
 
 
 def _to_disk(folder: Path) -> None:

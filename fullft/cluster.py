@@ -243,6 +243,34 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     return [float(value) for value in total.tolist()]
 
 
+def available_host_memory() -> int:
+    """Bytes of memory that this host, and every control group (container, Slurm step) this process is in, has left."""
+    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        information = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits = [int(information["MemAvailable"].split()[0]) * 1024]
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except (OSError, ValueError, KeyError):  # not Linux
+        return limits[0]
+    for _, controllers, path in groups:
+        if controllers == "memory":  # version 1
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        elif not controllers:  # version 2
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        else:
+            continue
+        inner = root / path.lstrip("/")
+        for group in (inner, *inner.parents[: len(inner.parts) - len(root.parts)]):
+            try:
+                limit, used = (int((group / name).read_text()) for name in names)
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max": no limit
+                continue
+            cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))  # given up at need
+            limits.append(limit - used + cache)
+    return max(0, min(limits))
+
+
 def host_report() -> dict[str, str]:
     """Versions and hardware of this host, for env.json."""
     import platform

@@ -31,3 +31,7 @@ class TrainingStopped(Exception):
 
 class Preempted(Exception):
     """A signal asked for the end (exit code 85). Raised on all ranks together; what was to be saved is saved."""
+
+
+class LeaseLost(TrainingStopped):
+    """Another job has taken over the run folder. Raised on rank 0 alone: the launcher ends the other ranks."""

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from fullft import lease
 from fullft.errors import BadInput
 
 
@@ -52,14 +53,12 @@ def export(
     if is_main:
         persistent = engine.module.state_dict().keys()
         weights |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in persistent}
-        partial = folder.with_suffix(".tmp")
+        partial = lease.partial(folder)
         shutil.rmtree(partial, ignore_errors=True)
         _write(engine.module, weights, partial, dtype, max_shard_gb)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card)
-        if folder.exists():
-            shutil.rmtree(folder)  # of this very run, from an end that was interrupted
-        partial.rename(folder)
+        lease.commit(folder)
     dist.barrier()
 
 

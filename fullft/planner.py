@@ -25,6 +25,8 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     state = {name: size * shard for name, size in state.items()}
     on_host = ("master_weights", "adamw_moments") if offload else ()
     checkpoint = 12 * facts.parameters
+    # The best is another one than the newest only if there are evaluations between.
+    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and recipe.retention.every_steps is not None)
     exported = {"auto": low, "bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters
     return {
         "parameters": facts.parameters,
@@ -34,5 +36,5 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
         "largest_gathered_parameter_bytes": low * facts.largest_parameter,
         "checkpoint_bytes": checkpoint,
         # One more than is kept exists while a checkpoint is written.
-        "run_folder_bytes": (recipe.checkpoint.keep + 1) * checkpoint + exported,
+        "run_folder_bytes": (kept + 1) * checkpoint + exported,
     }

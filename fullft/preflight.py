@@ -20,7 +20,7 @@ from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
 from fullft.export import rehearse
-from fullft.recipe import Recipe, Source, identity, load_recipe
+from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -108,8 +108,10 @@ def check_run_folder(recipe: Recipe) -> None:
     folder = recipe.run_folder
     if file := next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None):
         raise BadInput(f"run_dir: {folder} cannot be made: {file} is a file")
-    if not folder.exists() or (folder.is_dir() and all(path.name == REQUEUE for path in folder.iterdir())):
+    if not folder.exists():
         return
+    if folder.is_dir() and all(path.name in ("lease", REQUEUE) or path.suffix == ".tmp" for path in folder.iterdir()):
+        return  # empty, or a run that was killed before it had written anything
     if not (folder / "recipe.yaml").exists():
         raise BadInput(
             f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten"
@@ -127,11 +129,9 @@ def check_run_folder(recipe: Recipe) -> None:
             f"run_dir: {folder} holds a recipe that cannot be read ({error}); choose another run_dir, nothing is "
             "overwritten"
         ) from None
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    if changed:
-        listed = "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+    if changed := differences(before, now):
         raise BadInput(
-            f"run_dir: {folder} belongs to another recipe ({listed}); choose another run_dir, nothing is overwritten"
+            f"run_dir: {folder} belongs to another recipe ({changed}); choose another run_dir, nothing is overwritten"
         )
 
 

@@ -219,6 +219,16 @@ class Train(Section):
 class Checkpoint(Section):
     every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints; one more at the end")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(
+        True, description="also keep the one with the best score: gain of skill tasks less loss of retention tasks"
+    )
+    asynchronous: bool = Field(
+        True, description="training waits only for copies of the state in host memory (12 bytes a parameter, shared by "
+        "all ranks), which are written in the background"
+    )  # fmt: skip
+    lease_seconds: float = Field(
+        60, ge=1, description="a run folder whose job does not renew its lease for so long is taken over by another job"
+    )
     resume: Literal["auto", "never"] = Field(
         "auto",
         description="auto: go on from the newest valid checkpoint of the run folder; never: refuse a used folder",
@@ -328,6 +338,16 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         for key, value in _flatten(recipe.model_dump(mode="json"))
         if not key.startswith(_MAY_CHANGE_ON_RESUME)
     }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], in_both: bool = False) -> str:
+    """The keys whose values differ between two identities, with both; empty if there are none.
+
+    in_both: leave out keys that only one has, e.g. new ones of a later version.
+    """
+    keys = before.keys() & now.keys() if in_both else before.keys() | now.keys()
+    changed = [key for key in sorted(keys) if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
 
 
 def fingerprint(recipe: Recipe) -> str:

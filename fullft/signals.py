@@ -14,6 +14,7 @@ from the checkpoint before. In each case the exit code is EXIT_REQUEUE.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from types import FrameType
 from typing import Literal
 
 from fullft.cluster import Cluster, sum_over_ranks
-from fullft.errors import EXIT_REQUEUE
+from fullft.errors import EXIT_REQUEUE, LeaseLost
 from fullft.recipe import Recipe
 from fullft.state import REQUEUE, leave_marker, marker_since, set_state
 
@@ -112,7 +113,9 @@ def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket
         if listener.name and listener.phase == "preparing":
             _end_preparing(listener)
         if time.monotonic() > listener.deadline and listener.phase != "over":
-            _end_unsaved(listener)
+            with contextlib.suppress(LeaseLost, OSError):
+                _end_unsaved(listener)
+            os._exit(EXIT_REQUEUE)
 
 
 def _end_preparing(listener: _Listener) -> None:
@@ -135,13 +138,12 @@ def _end_unsaved(listener: _Listener) -> None:
         what += f"checkpoint after {listener.name} was whole"
         if saved or listener.phase == "loading":
             step = int(saved.name.removeprefix("step-")) if saved else 0
-            set_state(folder, "requeue", step=step, signal=listener.name, reason=what)
             leave_marker(folder, step, listener.name)
+            set_state(folder, "requeue", step=step, signal=listener.name, reason=what)
             _say(f"{what}; the next start goes on from {saved or 'the base model'}")
         else:
             set_state(folder, "failed", reason=f"{what}, and there is none before it")
             _say(f"{what}, and there is none before it: lower checkpoint.every_steps, or ask for more time")
-    os._exit(EXIT_REQUEUE)
 
 
 def _say(text: str) -> None:

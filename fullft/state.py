@@ -13,12 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fullft import lease
+
 REQUEUE = "REQUEUE"
 
 
 def set_state(folder: Path, status: str, **more: Any) -> None:
-    """Write state.json, whole or not at all."""
+    """Write state.json, whole or not at all. Any end releases the lease. Raises LeaseLost if another job has it."""
     _write(folder / "state.json", {"status": status, "time": time.time()} | more)
+    if status != "running":
+        lease.release()
 
 
 def leave_marker(folder: Path, step: int, signal: str) -> None:
@@ -40,6 +44,9 @@ def marker_since(folder: Path, moment: float) -> bool:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
+    if lease.is_held():
+        lease.write(path, json.dumps(content))
+        return
     partial = path.with_name(f".{path.name}-{socket.gethostname()}-{os.getpid()}.tmp")  # any rank may write
     partial.write_text(json.dumps(content))
     partial.rename(path)

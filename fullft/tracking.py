@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fullft import lease
 from fullft.recipe import Recipe
 
 
@@ -27,8 +28,9 @@ class Tracker:
         self._run: Any = None
         if not is_main:
             return
-        self._file = recipe.run_folder / "metrics.jsonl"
-        last_logged = _cut_back(self._file, resumed_step)
+        file = recipe.run_folder / "metrics.jsonl"
+        last_logged = _cut_back(file, resumed_step)
+        self._rows = file.open("a")  # this very file, even if another job replaces it (see fullft/lease.py)
         self._run, self._last_step_sent = None, -1
         try:
             self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
@@ -41,11 +43,16 @@ class Tracker:
         self._started, self._first_step = time.monotonic(), resumed_step
 
     def log(self, step: int, row: dict[str, Any], show: str) -> None:
-        """Record a row of metrics of optimizer step `step`, and show a short text on the terminal."""
+        """Record a row of metrics of optimizer step `step`, and show a short text on the terminal.
+
+        Raises:
+            LeaseLost: another job has taken over the run folder; the row is neither recorded nor sent.
+        """
         if not self.is_main:
             return
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step} | row) + "\n")
+        lease.check()
+        self._rows.write(json.dumps({"step": step} | row) + "\n")
+        self._rows.flush()
         # W&B's history only grows: rows of steps that were already sent before a crash would be shifted to new ones.
         if self._run is not None and step > self._last_step_sent:
             self._guarded(lambda run: run.log(row, step=step, commit=True))  # else the row waits for the next step
@@ -61,6 +68,11 @@ class Tracker:
         if self.is_main:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell the user, by mail or as they have set there."""
+        if self._run is not None:
+            self._guarded(lambda run: run.alert(title=title, text=text, level="ERROR"))
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.is_main:
@@ -85,14 +97,11 @@ class Tracker:
 
 
 def _cut_back(file: Path, step: int) -> int:
-    """Remove rows after `step`, which will be logged again; returns the last step that was there."""
-    if not file.exists():
-        return -1
-    rows = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    """Replace the file by one without the rows after `step`, which will be logged again; returns its last step."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
     kept = [row for row in rows if row["step"] <= step]
-    partial = file.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    partial.rename(file)
+    lease.write(file, "".join(json.dumps(row) + "\n" for row in kept))
     return max((row["step"] for row in rows), default=-1)
 
 
@@ -115,9 +124,7 @@ def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
         json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "last_step": -1}
     )
     known["last_step"] = max(known["last_step"], last_logged)
-    partial = file.with_suffix(".tmp")
-    partial.write_text(json.dumps(known))
-    partial.rename(file)
+    lease.write(file, json.dumps(known))
     os.environ.setdefault("WANDB_SILENT", "true")
     arguments: dict[str, Any] = {
         "project": os.environ.get("WANDB_PROJECT", recipe.tracking.project),
@@ -134,6 +141,6 @@ def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
         wandb.teardown()
         run = wandb.init(mode="offline", settings=settings, **arguments)
     run.define_metric("train/global_step")
-    for group in ("train/*", "perf/*", "data/*", "eval/*", "retention/*", "skill/*"):
+    for group in ("train/*", "perf/*", "checkpoint/*", "data/*", "eval/*", "retention/*", "skill/*"):
         run.define_metric(group, step_metric="train/global_step")
     return run, known["last_step"]

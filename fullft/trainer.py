@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -9,21 +10,20 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import filelock
 import torch
 import torch.distributed as dist
 
-from fullft import checkpoint, model, signals, watchdog
+from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
 from fullft.engine import offloads_optimizer, start
-from fullft.errors import BadInput, Preempted, TrainingStopped
+from fullft.errors import BadInput, LeaseLost, Preempted, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
-from fullft.recipe import Recipe, fingerprint
-from fullft.retention.report import model_card, summary_lines, write_report
+from fullft.recipe import Recipe, differences, identity
+from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
 from fullft.state import leave_marker, remove_marker, set_state
 from fullft.tracking import Tracker
@@ -36,7 +36,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
         Preempted: a signal came, and the checkpoint of the last step is written.
     """
-    engine, step, tokens_seen, unevaluated, tracker = set_up(recipe, cluster, inputs)
+    engine, step, tokens_seen, unevaluated, tracker, saver = set_up(recipe, cluster, inputs)
     if inputs.suite.tasks and unevaluated is not None:
         if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
             leave_for_requeue(recipe, cluster, tracker, step)
@@ -73,6 +73,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         loss_sum_of_step, signalled = sum_over_ranks(float(loss_sum), bool(signals.name()), device=engine.device)
         loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
+            saver.wait()
             stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, grad_norm)
         step += 1
         tokens_seen += tokens_of_step
@@ -92,18 +93,22 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
         abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
         stopping |= abandoned
-        if evaluation or (not abandoned and is_due(step, recipe.tracking.every_steps, inputs.total_steps)):
-            tracker.log(step, row | (evaluation or {}), show)
-        if stopping or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps):
-            state = {"step": step, "tokens_seen": tokens_seen, "recipe": fingerprint(recipe)}
-            state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
-            state |= {"unevaluated": row if abandoned else None}
+        to_save = stopping or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
+        if to_save:
             watchdog.mark("checkpoint")
-            checkpoint.save(engine, recipe.run_folder / "checkpoints", state, recipe.checkpoint.keep)
-            stopping = stopping or signals.agreed(engine.device)  # a save takes long: no further step after it
+            saver.copy()
+        if evaluation or (not abandoned and is_due(step, recipe.tracking.every_steps, inputs.total_steps)):
+            tracker.log(step, row | (evaluation or {}) | saver.metrics(), show)
+        if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
+            state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
+            state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
+            state |= {"score": (evaluation or {}).get("checkpoint/score"), "unevaluated": row if abandoned else None}
+            saver.write(state)
         if stopping:
-            leave_for_requeue(recipe, cluster, tracker, step)
+            saver.wait()
+            leave_for_requeue(recipe, cluster, tracker, saver.saved_step)
 
+    saver.wait()
     finish(recipe, cluster, inputs, engine, tracker)
 
 
@@ -111,18 +116,19 @@ def is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, int, dict[str, Any] | None, Tracker]:
+def set_up(
+    recipe: Recipe, cluster: Cluster, inputs: Inputs
+) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, checkpoint.Saver]:
     """Run folder, model, engine and checkpoint.
 
     Returns:
-        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker
+        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker, saver
 
     Raises:
         Preempted: a signal came to a rank.
     """
     if cluster.is_main:
-        _claim(recipe.run_folder)
-        _write_run_folder(recipe, cluster, inputs)
+        _own_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
     watchdog.start(recipe.run_folder, recipe.train.hang_timeout)
     torch.manual_seed(recipe.train.seed)
@@ -152,14 +158,17 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> tuple[Any, int, 
         raise BadInput(
             f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
         )
+    if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
+        raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
+    saver = checkpoint.Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
     if resumed:
         for skipped in resumed["skipped"]:
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
-    return engine, step, tokens_seen, unevaluated, tracker
+    return engine, step, tokens_seen, unevaluated, tracker, saver
 
 
 def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
@@ -182,7 +191,8 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
     for line in summary_lines(report):
         tracker.say(line)
-    return {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started} | flat_metrics(report)
+    metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
+    return metrics | flat_metrics(report) | {"checkpoint/score": score(report)}
 
 
 def memory_metrics() -> dict[str, float]:
@@ -205,6 +215,7 @@ def stop_at_non_finite(
     grad_norm: float,
 ) -> None:
     """Save what led to a loss or gradient norm that is not finite, and stop on all ranks."""
+    lease.check()
     folder = recipe.run_folder / "failure" / f"step-{step + 1:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([vars(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
@@ -240,8 +251,8 @@ def end_loading_if_asked(recipe: Recipe, cluster: Cluster, next_phase: str) -> N
 def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None, step: int) -> NoReturn:
     """The end that a signal asked for: everything up to `step` is saved. All ranks together."""
     if cluster.is_main:
-        set_state(recipe.run_folder, "requeue", step=step, signal=signals.name())
         leave_marker(recipe.run_folder, step, signals.name())
+        set_state(recipe.run_folder, "requeue", step=step, signal=signals.name())
         print(f"{signals.name()}: saved up to step {step}; the same command goes on from there", flush=True)
     if tracker:
         tracker.finish({})
@@ -263,39 +274,33 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
 
 
-_claims: list[filelock.BaseFileLock] = []  # held until the process ends, however it ends
-
-
-def _claim(folder: Path) -> None:
-    """Raises BadInput when another process trains into this folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise BadInput(
-            f"run_dir: another process is training into {folder}; end it, or choose another run_dir"
-        ) from None
-    _claims.append(lock)
-
-
 def mark_failed(folder: Path) -> None:
-    """state.json: failed, if this process has claimed the folder."""
-    if _claims:
-        set_state(folder, "failed")
+    """state.json: failed, if this process owns the folder."""
+    if lease.is_held():
+        with contextlib.suppress(OSError, LeaseLost):  # what has failed may be the disk
+            set_state(folder, "failed")
+        lease.release()
 
 
-def _write_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
+    """Take the lease of the run folder, and write down what is trained in it, and where.
+
+    Raises:
+        BadInput: another process trains into it, or it cannot be written.
+    """
     folder = recipe.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "recipe.tmp"  # a torn recipe.yaml would lock the user out of the run
-    partial.write_text(recipe.to_yaml())
-    partial.rename(folder / "recipe.yaml")
     environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
-    (folder / "env.json").write_text(json.dumps(environment, indent=1))
-    (folder / "plan.json").write_text(json.dumps(inputs.plan, indent=1))
-    remove_marker(folder)
-    set_state(folder, "running")
+    try:
+        lease.take(folder, recipe.checkpoint.lease_seconds)
+        lease.write(folder / "recipe.yaml", recipe.to_yaml())
+        lease.write(folder / "env.json", json.dumps(environment, indent=1))
+        lease.write(folder / "plan.json", json.dumps(inputs.plan, indent=1))
+        remove_marker(folder)
+        set_state(folder, "running")
+        if (folder / "export").exists():  # of an end that was interrupted: it is exported again
+            lease.remove(folder / "export")
+    except OSError as error:
+        raise BadInput(f"run_dir: {folder} cannot be written ({error}); mend it, or choose another run_dir") from None
 
 
 def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int) -> list[str]:

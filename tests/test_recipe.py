@@ -330,6 +330,7 @@ FREE = {
     "run_dir": "runs/b", "deepspeed": "ds_configs/zero3_offload.json", "tracking.every_steps": "5",
     "tracking.wandb": "offline", "tracking.project": "p", "tracking.name": "n", "tracking.tags": "[t]",
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
+    "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
     "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from fullft import lease
 from fullft.recipe import Recipe, fingerprint
 
 Evaluation = dict[str, Any]  # content of a retention/step-….json
@@ -41,6 +43,26 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
         change = f"; {amount} {'worse' if drop > 0 else 'better'} than base" if drop else ""
         lines.append(f"  {task['measures']:<9} {name}: {shown}{change}")
     return lines
+
+
+def score(evaluation: Evaluation) -> float | None:
+    """How good the model of this step is, for which checkpoint is the best: what it has learnt less what it forgot.
+
+        score = mean over skill tasks of gain(task)  -  mean over retention tasks of max(0, -gain(task))
+        gain  = score - base                    of accuracies (higher is better), in shares of 1
+                (base - score) / base           of losses and bits per byte (lower is better)
+
+    base: the task's score at step 0, so the base model has score 0. data.validation is one skill task. A mean over no
+    tasks is 0. None if nothing was measured, or a number is not finite.
+    """
+    gains: dict[str, list[float]] = {"skill": [], "retention": []}
+    for task in evaluation["tasks"].values():
+        now, base = task["score"], task["base"]
+        gain = now - base if task["higher_is_better"] else (base - now) / base if base else 0.0
+        gains[task["measures"]].append(gain)
+    skill, losses = gains["skill"], [max(0.0, -gain) for gain in gains["retention"]]
+    total = sum(skill) / max(1, len(skill)) - sum(losses) / max(1, len(losses))
+    return total if (skill or losses) and all(map(math.isfinite, (*skill, *gains["retention"]))) else None
 
 
 def before_after(run_folder: Path) -> list[tuple[str, ...]]:
@@ -82,8 +104,8 @@ def write_report(run_folder: Path) -> dict[str, Any]:
         "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(run_folder)],
         "evaluations": [{"step": one["step"], "tasks": one["tasks"]} for one in found],
     }
-    (run_folder / "report.json").write_text(json.dumps(report, indent=1))
-    (run_folder / "report.html").write_text(_page(run_folder, found, steps))
+    lease.write(run_folder / "report.json", json.dumps(report, indent=1))
+    lease.write(run_folder / "report.html", _page(run_folder, found, steps))
     return report
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fullft import signals, watchdog
+from fullft import lease, signals, watchdog
 from fullft.errors import Preempted
 from fullft.loss import IGNORE, labelled_logits
 from fullft.recipe import Recipe
@@ -62,7 +61,7 @@ class Suite:
             result["drop"] = worse
         report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
         if dist.get_rank() == 0:
-            _write_json(self.folder / f"{_file_name(step)}.json", report)
+            lease.write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
         return report
 
     def _know_base(self, step: int, results: dict[str, Any]) -> None:
@@ -81,16 +80,14 @@ class Suite:
             json.dumps({"item": number, "hash": item.key} | result)
             for number, (item, result) in enumerate(zip(prepared.items, items, strict=True))
         ]
-        folder = self.folder / "items"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(lines) + "\n")
+        name = f"{_file_name(step)}.{prepared.name}.jsonl"
+        lease.write(self.folder / "items" / name, "\n".join(lines) + "\n")
         if prepared.kind == "generate":
-            self.samples.mkdir(parents=True, exist_ok=True)
             shown = [
                 json.dumps({"prompt": self.tokenizer.decode(item.prompt), "reference": item.reference} | result)
                 for item, result in zip(prepared.items[:_SAMPLES_KEPT], items, strict=False)
             ]
-            (self.samples / f"{_file_name(step)}.{prepared.name}.jsonl").write_text("\n".join(shown) + "\n")
+            lease.write(self.samples / name, "\n".join(shown) + "\n")
 
 
 def _share(count: int, run: Callable[[int], Any], device: str) -> list[Any]:
@@ -223,10 +220,3 @@ def flat_metrics(report: dict[str, Any]) -> dict[str, float]:
 
 def _file_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.rename(path)

@@ -1,0 +1,280 @@
+"""A run folder is owned by one job at a time: a lease in it, with generations, held by rank 0 of the job.
+
+    lease/generation-00000003            host, pid, start of the process, job id: JSON; its mtime is the last renewal
+    lease/generation-00000003.released   left at an orderly end
+
+A job claims the next generation by O_CREAT|O_EXCL, which one of several wins, on NFS too. Only the newest generation
+owns the folder. It renews its file every lease_seconds / 6 from a thread; who finds it not renewed for lease_seconds
+takes over. Ages are differences of mtimes that the file server gave: clocks of hosts play no part.
+
+The owner may have been frozen, or cut off from the file server, and wake after another job has taken over. So all that
+it leaves is written under a name with its generation, `step-00000200.g3.tmp`, and renamed by `commit`, which asks
+before whether this generation is still the newest. Between question and rename it can freeze too. That is harmless,
+because a new owner first claims its generation, then removes all .tmp of older ones, and only then reads the folder:
+
+    question before the claim  =>  the .tmp was there before its removal. A rename before the removal is a whole file
+                                   that the new owner finds; a rename after it fails, as its source is gone.
+    question after the claim   =>  the answer is no.
+
+metrics.jsonl is appended to, not renamed, so each owner makes its own: it replaces the file by one of the same rows and
+keeps it open; a row that an older one appends goes to the file that was replaced. Nothing but .tmp is ever removed or
+replaced under a name that a newer owner could have given to something of its own, save for three things, each right
+after a question: an old checkpoint beyond those kept, and at the start of a run damaged checkpoints and an export of an
+end that was interrupted. A freeze of lease_seconds between two system calls there could cost a checkpoint of the newer
+owner, which is then written again; it cannot make a wrong one.
+
+A process holds one lease at most. Where none is held (other ranks, `fullft report`), `check` does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fullft.errors import BadInput, LeaseLost
+
+_WRITTEN_TO = (".", "checkpoints", "retention", "retention/items", "samples")  # folders of a run with .tmp in them
+_JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
+
+
+@dataclass
+class _Lease:
+    run_folder: Path
+    generation: int
+    released: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def folder(self) -> Path:
+        return self.run_folder / "lease"
+
+
+_held: _Lease | None = None
+
+
+def take(run_folder: Path, lease_seconds: float) -> None:
+    """Own this run folder until `release`, or until another takes it as this process has long not renewed its lease.
+
+    Returns at once if nobody owns it, if the owner released it, or was a process of this host that is gone. Else waits
+    for up to lease_seconds whether the owner renews.
+
+    Raises:
+        BadInput: another process owns it.
+        OSError: the folder cannot be written.
+    """
+    global _held
+    folder = run_folder / "lease"
+    folder.mkdir(parents=True, exist_ok=True)
+    while (generation := _claim(folder, _newest(folder), lease_seconds)) is None:
+        time.sleep(0.1)
+    _held = _Lease(run_folder, generation)
+    threading.Thread(target=_renew, args=(_held, lease_seconds / 6), name="lease", daemon=True).start()
+    for place in _WRITTEN_TO:
+        _remove_partials(run_folder / place, below=generation)
+    for older in folder.glob("generation-*"):
+        if _generation(older) < generation:
+            older.unlink(missing_ok=True)
+
+
+def is_held() -> bool:
+    """Whether this process owns a run folder: it took it, and has neither released nor lost it."""
+    return _held is not None and not _held.released.is_set()
+
+
+def check() -> None:
+    """Nothing may be committed to the run folder by an older generation.
+
+    Raises:
+        LeaseLost: another job has taken over; said on stderr.
+    """
+    if _held is None or _newest(_held.folder, anew=True) == _held.generation:
+        return
+    me = f"generation {_held.generation}, pid {os.getpid()} on {socket.gethostname()}"
+    message = (
+        f"another job has taken over {_held.run_folder} (generation {_newest(_held.folder)}), as this one ({me}) did "
+        "not renew its lease in time. This one ends and changes nothing more"
+    )
+    if not _held.released.is_set():
+        print(f"fullft: {message}", file=sys.stderr, flush=True)
+    _held.released.set()
+    for place in _WRITTEN_TO:
+        _remove_partials(_held.run_folder / place, below=_held.generation + 1)
+    raise LeaseLost(message)
+
+
+def partial(path: Path) -> Path:
+    """The name under which `path` is written before `commit`."""
+    return path.with_name(f"{path.name}.g{_held.generation if _held else 0}.tmp")
+
+
+def commit(path: Path) -> None:
+    """Give what was written as `partial(path)` its name, if this process still owns the folder (LeaseLost if not)."""
+    check()
+    partial(path).rename(path)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file of the run folder, whole or not at all, if this process still owns it (LeaseLost if not)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial(path).write_text(text)
+    commit(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, at once for all who look, if this process still owns the run folder (LeaseLost if not)."""
+    check()
+    aside = partial(path)
+    path.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # what is left of it goes with the next owner
+
+
+def release() -> None:
+    """At an orderly end: the next job need not wait."""
+    if _held is not None and not _held.released.is_set():
+        _held.released.set()
+        with contextlib.suppress(OSError):
+            _file(_held.folder, _held.generation).with_suffix(".released").touch()
+
+
+def _claim(folder: Path, newest: int, lease_seconds: float) -> int | None:
+    """The generation that is this process's now, or None if another was quicker."""
+    if newest:
+        _wait_until_free(folder, newest, lease_seconds)
+    mine = _file(folder, newest + 1)
+    try:
+        handle = os.open(mine, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return None
+    owner = {
+        "host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": _start_of(os.getpid()),
+        "job": next((f"{name}={os.environ[name]}" for name in _JOB_IDS if name in os.environ), ""),
+        "lease_seconds": lease_seconds,
+    }  # fmt: skip
+    with os.fdopen(handle, "w") as file:
+        json.dump(owner, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if _newest(folder, anew=True) != newest + 1:  # one that had this number has come, gone and been removed meanwhile
+        mine.unlink()
+        return None
+    return newest + 1
+
+
+def _wait_until_free(folder: Path, generation: int, lease_seconds: float) -> None:
+    """Return when this generation owns no more: released, gone, or not renewed for lease_seconds.
+
+    Raises:
+        BadInput: it was renewed while this process looked.
+    """
+    first_seen, told = None, False
+    while True:
+        try:
+            # Opened each time: then NFS asks the server for the attributes instead of its cache.
+            with _file(folder, generation).open() as file:
+                renewed, content = os.fstat(file.fileno()).st_mtime, file.read()
+        except FileNotFoundError:  # another has taken over from it
+            return
+        try:
+            owner: dict[str, Any] = json.loads(content)
+        except ValueError:  # not yet written
+            owner = {}
+        who = f"host {owner.get('host', 'unknown')}, pid {owner.get('pid', 'unknown')}"
+        who += f", {owner['job']}" if owner.get("job") else ""
+        if _file(folder, generation).with_suffix(".released").exists() or _is_gone(owner):
+            return
+        first_seen = renewed if first_seen is None else first_seen
+        if renewed != first_seen:
+            raise BadInput(
+                f"run_dir: another process is training into {folder.parent} ({who}); end it, or choose another run_dir"
+            )
+        patience = max(lease_seconds, owner.get("lease_seconds", 0))
+        remaining = patience - (_server_time(folder) - renewed)
+        if remaining <= 0:
+            print(f"taking over {folder.parent}: {who} has not renewed its lease for {patience:g} s", flush=True)
+            return
+        if not told:
+            print(f"{folder.parent} is leased by {who}; waiting up to {remaining:.0f} s if it is alive", flush=True)
+            told = True
+        time.sleep(min(1, patience / 20))
+
+
+def _renew(lease: _Lease, every_seconds: float) -> None:
+    while not lease.released.wait(every_seconds):
+        with contextlib.suppress(OSError):  # taken over, or the file server is away: `check` tells
+            os.utime(_file(lease.folder, lease.generation))
+
+
+def _file(folder: Path, generation: int) -> Path:
+    return folder / f"generation-{generation:08d}"
+
+
+def _generation(path: Path) -> int:
+    return int(path.name.removeprefix("generation-").removesuffix(".released"))
+
+
+def _newest(folder: Path, anew: bool = False) -> int:
+    """The newest generation, 0 if there is none. `anew`: an NFS client may answer from its cache, let it look again."""
+    if anew:
+        with contextlib.suppress(OSError):  # e.g. the disk is full
+            _server_time(folder)  # changes the folder, so its cached listing is no longer used
+    return max((_generation(path) for path in folder.glob("generation-*")), default=0)
+
+
+def _server_time(folder: Path) -> float:
+    """Now, by the clock that gives files in this folder their mtime."""
+    probe = folder / f"probe-{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        os.utime(handle)
+        return os.fstat(handle).st_mtime
+    finally:
+        os.close(handle)
+        probe.unlink(missing_ok=True)
+
+
+def _machine() -> str:
+    """What pids mean something in: this boot of this host, and its namespace of pids (containers have their own)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # not Linux
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """When a process of this machine started, in clock ticks since boot; empty if there is none, or only a zombie."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this very machine, and is no more."""
+    machine = owner.get("machine")
+    return bool(machine) and machine == _machine() and _start_of(owner["pid"]) != owner["started"]
+
+
+def _remove_partials(folder: Path, below: int) -> None:
+    """Remove every .tmp of generations below this one; each by a rename first, so that nobody commits it meanwhile."""
+    for path in folder.glob("*.g*.tmp"):
+        of = re.search(r"\.g(\d+)\.tmp$", path.name)
+        if of is None or int(of[1]) >= below:
+            continue
+        aside = partial(path)
+        with contextlib.suppress(FileNotFoundError):  # committed meanwhile
+            path.rename(aside)
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
