@@ -23,7 +23,8 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -191,9 +195,9 @@ class Saver:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         files += [_entry(partial / name) for name in (".metadata", "state.json")]
         (partial / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-        _to_disk(partial)
+        to_disk(partial)
         lease.commit(final)
-        _to_disk(self._folder)
+        to_disk(self._folder)
         try:
             for old in _superfluous(self._folder, self._settings):
                 lease.remove(old)
@@ -248,6 +252,72 @@ def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint, contents not verified."""
     complete = _complete(folder)
     return complete[-1] if complete else None
+
+
+_THREADS = 8
+
+
+def find(folder: Path, step: int | None = None) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is whole, or that of a step, and what was passed over. By a process alone.
+
+    Raises:
+        BadInput: there is none, or that of the step is damaged.
+    """
+    there = _complete(folder)
+    listed = f"those of {folder} are {', '.join(path.name for path in there)}" if there else f"{folder} has none"
+    chosen = [path for path in reversed(there) if step is None or path.name == f"step-{step:08d}"]
+    if not chosen:
+        raise BadInput(f"there is no checkpoint{'' if step is None else f' of step {step}'}: {listed}")
+    skipped: list[str] = []
+    for path in chosen:
+        with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves the other threads free
+            damages = list(pool.map(lambda share, path=path: _damage_of_share(path, share, _THREADS), range(_THREADS)))
+        if damage := next(filter(None, damages), ""):
+            skipped.append(f"{path}: {damage}")
+        else:
+            return path, skipped
+    raise BadInput(f"no checkpoint is whole: {'; '.join(skipped)} ({listed})")
+
+
+class Weights:
+    """The fp32 weights of a checkpoint, read shard by shard by a process alone. `sizes`: elements of each parameter."""
+
+    def __init__(self, path: Path) -> None:
+        self._reader = FileSystemReader(path)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._saved = {
+            key.removeprefix("weight."): saved
+            for key, saved in self._metadata.state_dict_metadata.items()
+            if key.startswith("weight.") and isinstance(saved, TensorStorageMetadata)
+        }
+        self.sizes = {name: saved.size.numel() for name, saved in self._saved.items()}
+
+    def shards(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """(name, first element, values [n] fp32) of each shard that was saved; of each parameter one for each rank.
+
+        The values are good until the next are taken: all have the same memory.
+        """
+        sizes = [chunk.sizes.numel() for saved in self._saved.values() for chunk in saved.chunks]
+        memory = torch.empty(max(sizes, default=0))
+        start = torch.Size([0])
+        for name, saved in self._saved.items():
+            for chunk in (chunk for chunk in saved.chunks if chunk.sizes.numel()):
+                values, at = memory[: chunk.sizes.numel()], MetadataIndex(f"weight.{name}", chunk.offsets)
+                item = ReadItem(LoadItemType.TENSOR, at, start, at, start, chunk.sizes)
+                self._reader.read_data(LoadPlan([item]), _Into(values)).wait()
+                yield name, chunk.offsets[0], values
+
+
+class _Into(DefaultLoadPlanner):
+    """Has what is read copied into one tensor."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self._values = values
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:  # noqa: ARG002
+        return self._values
 
 
 def _load(engine: Any, path: Path, step: int) -> None:
@@ -358,26 +428,31 @@ def _set_aside(path: Path) -> None:
 
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer."""
-    mine = ""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _damage_of_share(path, dist.get_rank(), dist.get_world_size()))
+    return next((damage for damage in found if damage), "")
+
+
+def _damage_of_share(path: Path, number: int, shares: int) -> str:
+    """What is wrong with every `shares`-th file of a checkpoint, from that of `number` on; empty if nothing."""
+    damage = ""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
-        for entry in files[dist.get_rank() :: dist.get_world_size()]:
+        for entry in files[number::shares]:
             file = path / entry["name"]
             if not file.exists():
-                mine = f"{entry['name']} is missing"
+                damage = f"{entry['name']} is missing"
             elif file.stat().st_size != entry["bytes"]:
-                mine = f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+                damage = f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             elif _sha256(file) != entry["sha256"]:
-                mine = f"{entry['name']} does not match its checksum"
+                damage = f"{entry['name']} does not match its checksum"
     except FileNotFoundError:
-        mine = f"{_MANIFEST} is missing"
+        damage = f"{_MANIFEST} is missing"
     except OSError as error:
-        mine = f"cannot be read ({error})"
+        damage = f"cannot be read ({error})"
     except (ValueError, KeyError, TypeError) as error:
-        mine = f"{_MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return next((damage for damage in found if damage), "")
+        damage = f"{_MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    return damage
 
 
 def _entry(file: Path) -> dict[str, Any]:
@@ -403,7 +478,7 @@ def _new_folder(path: Path) -> str:
     return str(path)
 
 
-def _to_disk(folder: Path) -> None:
+def to_disk(folder: Path) -> None:
     """fsync a folder and the files in it, so that a rename is not on disk before what it names."""
     for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
         handle = os.open(path, os.O_RDONLY)

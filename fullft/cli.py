@@ -51,6 +51,13 @@ def main() -> int:
     verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
     verb.add_argument("run_dir", type=Path)
 
+    verb = verbs.add_parser("export", help="make a Hugging Face folder of a checkpoint, without GPU, in little memory")
+    verb.add_argument("run_dir", type=Path)
+    verb.add_argument("out", type=Path, metavar="OUT", help="new folder")
+    verb.add_argument("--step", type=int, metavar="N", help="of this checkpoint (default: the newest that is whole)")
+    verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as the run exports)")
+    verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it afterwards")
+
     # Overrides may stand anywhere, which argparse cannot do behind a verb.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     overrides = [word for word in sys.argv[1:] if is_override(word)]
@@ -63,10 +70,13 @@ def main() -> int:
                 prepare(arguments.recipe, overrides, arguments.workers)
             case "inspect":
                 inspect(arguments.recipe, overrides, arguments.rows, arguments.html)
+            case "export":
+                return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
             case _:
                 report(arguments.run_dir)
     except BadInput as error:
-        print(error.report(), file=sys.stderr, end="")
+        consequence = {"export": "nothing was exported"}.get(arguments.verb, "training was not started")
+        print(error.report(consequence), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("fullft: stopped; what is finished is kept", file=sys.stderr)
@@ -147,6 +157,24 @@ def report(run_dir: Path) -> None:
     write_report(run_dir)
     print(table(run_dir))
     print(f"\n{run_dir / 'report.html'}")
+
+
+def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, repository: str | None) -> int:
+    """Export a checkpoint; the exit code tells whether the upload, if any, succeeded."""
+    import transformers
+
+    from fullft.export import export_checkpoint, push_to_hub, require_hub
+
+    transformers.utils.logging.disable_progress_bar()
+    if repository is not None:
+        require_hub(repository)
+    checkpoint, skipped = export_checkpoint(run_dir, out, step, dtype)
+    for damaged in skipped:
+        print(f"skipped checkpoint {damaged}")
+    print(f"{checkpoint} exported to {out}")
+    if repository is not None and not push_to_hub(out, repository):
+        return EXIT_FAILED
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

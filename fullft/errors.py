@@ -17,10 +17,10 @@ class BadInput(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
-    def report(self) -> str:
+    def report(self, consequence: str = "training was not started") -> str:
         """All problems, one a line, under a count."""
         count = len(self.problems)
-        return f"fullft: {count} problem{'s' if count > 1 else ''}, training was not started:\n" + "".join(
+        return f"fullft: {count} problem{'s' if count > 1 else ''}, {consequence}:\n" + "".join(
             f"  - {problem}\n" for problem in self.problems
         )
 

@@ -62,12 +62,6 @@ def precision(recipe: Recipe, on_gpu: bool | None = None) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen]
 
 
-def export_dtype(recipe: Recipe) -> torch.dtype:
-    """dtype of the exported weights."""
-    chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return chosen.get(recipe.export.dtype, precision(recipe))
-
-
 def _from_config(
     model: Model, tokenizer: PreTrainedTokenizerBase | None, attention: str, dtype: torch.dtype | None
 ) -> PreTrainedModel:

@@ -27,7 +27,8 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     checkpoint = 12 * facts.parameters
     # The best is another one than the newest only if there are evaluations between.
     kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and recipe.retention.every_steps is not None)
-    exported = {"auto": low, "bf16": 2, "fp16": 2, "fp32": 4}[recipe.export.dtype] * facts.parameters
+    export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")
+    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * facts.parameters
     return {
         "parameters": facts.parameters,
         "world_size": world_size,
@@ -35,6 +36,7 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
         "device_bytes_per_rank": sum(size for name, size in state.items() if name not in on_host),
         "largest_gathered_parameter_bytes": low * facts.largest_parameter,
         "checkpoint_bytes": checkpoint,
+        "export_dtype": export_dtype,
         # One more than is kept exists while a checkpoint is written.
         "run_folder_bytes": (kept + 1) * checkpoint + exported,
     }

@@ -19,7 +19,7 @@ from fullft.data.batches import Batches
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
-from fullft.export import rehearse
+from fullft.export import rehearse, require_hub
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
@@ -40,6 +40,7 @@ class Inputs:
     deepspeed_config: dict[str, Any]
     plan: dict[str, Any]
     warnings: list[str]
+    meta: PreTrainedModel  # without storage; the export is laid out from it
 
 
 def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
@@ -60,6 +61,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     config = attempt(engine.read_config, recipe)
     geometry = attempt(engine.geometry, recipe, world_size)
     attempt(check_run_folder, recipe)
+    if recipe.export.push_to_hub:
+        attempt(require_hub, recipe.export.push_to_hub)
     for source in _sources(recipe):
         attempt(source_files, source)
     meta = attempt(model.on_meta, recipe.model)
@@ -96,7 +99,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     warnings = told + unlikely(recipe, total, batches)
-    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings)
+    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -89,6 +89,31 @@ def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Te
         yield name, parameter, shards
 
 
+def master_shards(engine: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """(name, first element, this rank's fp32 weights [<= c] without padding) of every parameter, one by one."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        shard = safe_get_local_fp32_param(parameter)
+        yield name, dist.get_rank() * len(shard), shard[local_part(parameter)]
+
+
+def gathered_weights(engine: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(name, flattened weights [numel] of `dtype`) of every parameter, on rank 0; None on the others. All together.
+
+    One parameter at a time, and only rank 0 has all of it.
+    """
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    for name, parameter in engine.module.named_parameters():
+        shard = safe_get_local_fp32_param(parameter).to(dtype)
+        whole = None
+        if dist.get_rank() == 0:
+            whole = torch.empty(dist.get_world_size() * len(shard), dtype=dtype, device=shard.device)
+        dist.gather(shard, list(whole.chunk(dist.get_world_size())) if whole is not None else None, dst=0)
+        yield name, whole[: parameter.ds_numel] if whole is not None else None
+
+
 def set_optimizer_shards(parameter: Any, shards: dict[str, torch.Tensor]) -> None:
     """Write shards, as `optimizer_shards` gives them, back into the optimizer."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

@@ -262,16 +262,14 @@ def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None,
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
     """Export the model, write the report, and mark the run as done."""
     watchdog.mark("export")
-    folder = recipe.run_folder / "export"
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
-    dtype = model.export_dtype(recipe)
-    export(engine, inputs.tokenizer, folder, dtype, recipe.export.max_shard_gb, card)
+    export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
     signals.enter("over")
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
-    tracker.say(f"done: tuned model in {folder}, report in {recipe.run_folder / 'report.html'}")
+    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
 
 
 def mark_failed(folder: Path) -> None:

@@ -1,18 +1,23 @@
-"""The base model's weights on disk: which bytes of which safetensors file hold an element of a parameter.
+"""Weights on disk: which bytes of which safetensors file hold an element of a parameter.
 
 Under ZeRO-3 a rank owns contiguous elements of each flattened parameter, which are contiguous bytes of a file. So every
-rank reads just its own bytes, all ranks at once, and no rank ever holds a full parameter. Where the files hold other
-tensors than the model has (experts fused on loading), `Weights.reason` says why transformers has to load them.
+rank reads just its own bytes of the base model, and writes just its own of the tuned one, all ranks at once, and no
+rank ever holds a full parameter. Where the files hold other tensors than the model has (experts fused on loading),
+`Weights.reason` says why transformers has to load them.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +29,14 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from fullft.errors import BadInput
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# In the order in which safetensors lays tensors out in a file: by dtype in this one, then by name.
+DTYPES = {
+    "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "I32": torch.int32, "BF16": torch.bfloat16,
+    "F16": torch.float16, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _SHOWN = 20
-_BLOCK = 16 << 20  # bytes read at once where they must be converted or brought to a GPU
-_READERS = 8  # threads of a rank; parallel file systems are fast only with several reads under way
+_BLOCK = 16 << 20  # bytes read or written at once where they must be converted or moved from or to a GPU
+_THREADS = 8  # of a rank; parallel file systems are fast only with several reads or writes under way
 
 
 @dataclass(frozen=True)
@@ -110,17 +119,15 @@ def locate(folder: Path, meta: PreTrainedModel, grown: Iterable[str] = ()) -> We
         if list(folder.glob("*.bin")):
             return Weights({}, reason="its weights are .bin files")
         return Weights({}, problems=[f"model.path: {folder} holds no weights (*.safetensors)"])
-    wanted = meta.state_dict()
-    steps = get_model_conversion_mapping(meta)
-    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    wanted, our_name = meta.state_dict(), _renamer(meta)
     found: dict[str, Stored] = {}
     for name, stored in files.items():
-        ours, converted = rename_source_key(name, renamings, converters, meta.base_model_prefix, wanted)
+        ours, converted = our_name(name)
         if converted is not None:
             return Weights({}, reason=f"transformers converts its tensors on loading ({name})")
         found[ours] = stored
-    if unknown := next((name for name in wanted if name in found and found[name].dtype not in DTYPES), None):
+    floats = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
+    if unknown := next((name for name in wanted if name in found and found[name].dtype not in floats), None):
         return Weights({}, reason=f"{unknown} is stored as {found[unknown].dtype}")
     for names in _tied(meta):
         there = [name for name in names if name in found]
@@ -128,6 +135,28 @@ def locate(folder: Path, meta: PreTrainedModel, grown: Iterable[str] = ()) -> We
             return Weights({}, reason=f"its files hold {' and '.join(there)}, which its config ties")
         found |= {name: found[there[0]] for name in names if there}
     return Weights(found, problems=_disagreements(folder, meta, wanted, found, set(grown)))
+
+
+def _renamer(meta: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """Name in a file → (name in the model, what converts it, if anything), as transformers loads it."""
+    wanted, steps = meta.state_dict(), get_model_conversion_mapping(meta)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    return lambda name: rename_source_key(name, renamings, converters, meta.base_model_prefix, wanted)  # type: ignore[no-any-return]
+
+
+def stored_buffers(folder: Path, meta: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Persistent buffers of a model from the files of a folder, as they are there; those that the files have."""
+    wanted = set(meta.state_dict()) - {name for name, _ in meta.named_parameters(remove_duplicate=False)}
+    if not wanted:
+        return {}
+    our_name, found = _renamer(meta), {}
+    for name, stored in stored_tensors(folder).items():
+        ours, _ = our_name(name)
+        if ours in wanted and stored.dtype in DTYPES:
+            found[ours] = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+            read_parts([Part(stored, 0, found[ours].view(-1))])
+    return found
 
 
 def _tied(meta: PreTrainedModel) -> list[list[str]]:
@@ -173,11 +202,11 @@ def _disagreements(
 
 @dataclass(frozen=True)
 class Part:
-    """Elements [start, start + len(out)) of a stored tensor, to be copied to `out` [n], of any dtype and device."""
+    """Elements [start, start + n) of a stored tensor, and those in memory [n], of any dtype and device."""
 
     stored: Stored
     start: int
-    out: torch.Tensor
+    values: torch.Tensor
 
 
 def read_parts(parts: Iterable[Part]) -> int:
@@ -186,12 +215,14 @@ def read_parts(parts: Iterable[Part]) -> int:
     Raises:
         OSError: a file cannot be read, or ends too early.
     """
-    todo = sorted((part for part in parts if part.out.numel()), key=lambda part: (part.stored.file, part.stored.offset))
+    todo = sorted(
+        (part for part in parts if part.values.numel()), key=lambda part: (part.stored.file, part.stored.offset)
+    )
     handles = {file: os.open(file, os.O_RDONLY) for file in {part.stored.file for part in todo}}
     try:
         for handle in handles.values():  # read ahead would read what other ranks need
             os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_RANDOM)
-        with ThreadPoolExecutor(_READERS) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             return sum(pool.map(lambda part: _read(part, handles[part.stored.file]), todo))
     finally:
         for handle in handles.values():
@@ -200,15 +231,15 @@ def read_parts(parts: Iterable[Part]) -> int:
 
 def _read(part: Part, handle: int) -> int:
     dtype = DTYPES[part.stored.dtype]
-    count, at = part.out.numel(), part.stored.offset + part.start * dtype.itemsize
-    if part.out.dtype == dtype and part.out.device.type == "cpu":
-        _fill(part.out, handle, at, part.stored.file)
+    count, at = part.values.numel(), part.stored.offset + part.start * dtype.itemsize
+    if part.values.dtype == dtype and part.values.device.type == "cpu":
+        _fill(part.values, handle, at, part.stored.file)
         return count * dtype.itemsize
-    block = torch.empty(min(count, _BLOCK // dtype.itemsize), dtype=dtype, pin_memory=part.out.device.type == "cuda")
+    block = torch.empty(min(count, _BLOCK // dtype.itemsize), dtype=dtype, pin_memory=part.values.device.type == "cuda")
     for done in range(0, count, len(block)):
         piece = block[: min(len(block), count - done)]
         _fill(piece, handle, at + done * dtype.itemsize, part.stored.file)
-        part.out[done : done + len(piece)].copy_(piece)
+        part.values[done : done + len(piece)].copy_(piece)
     return count * dtype.itemsize
 
 
@@ -238,3 +269,107 @@ def mean_row(stored: Stored, rank: int, world_size: int) -> torch.Tensor:
         read_parts([Part(stored, starts[number] * width, block)])
         shares[number] = block.view(count, width).double().sum(0) / rows
     return shares
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class NewFile:
+    """A safetensors file to be written: its header, and where each of its tensors goes."""
+
+    path: Path
+    header: bytes
+    stored: dict[str, Stored]
+    size: int  # bytes
+
+
+def new_file(path: Path, tensors: dict[str, torch.Tensor]) -> NewFile:
+    """What safetensors would make of tensors (meta tensors will do), to the byte."""
+    names, order = {dtype: name for name, dtype in DTYPES.items()}, list(DTYPES.values())
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name)):
+        start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
+        shape = list(tensors[name].shape)
+        entries[name] = {"dtype": names[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    stored = {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), len(header) + entry["data_offsets"][0])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+    return NewFile(path, header, stored, len(header) + end)
+
+
+def create(new: NewFile) -> None:
+    """Make a file at its full size, with its header, so that a full disk is met before the weights are written.
+
+    Raises:
+        OSError: there is no room.
+    """
+    with new.path.open("xb") as file:
+        # Not os.posix_fallocate: where the file system cannot (NFS 3), libc writes a byte into each block instead.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if libc.fallocate(file.fileno(), 0, 0, new.size):
+            code, free = ctypes.get_errno(), shutil.disk_usage(new.path.parent).free
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS) or free < new.size:
+                code = code if code not in (errno.EOPNOTSUPP, errno.ENOSYS) else errno.ENOSPC
+                raise OSError(code, f"{os.strerror(code)}: {new.size / 1e9:.2f} GB wanted, {free / 1e9:.2f} GB free")
+            file.truncate(new.size)
+        file.write(new.header)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_parts(parts: Iterable[Part], ahead: int = 2 * _THREADS) -> int:
+    """Write parts into files that `create` has made, several at once, and to disk; returns the bytes written.
+
+    `parts` may be a generator: no more than `ahead` wait to be written at a time. None is copied whole.
+    """
+    handles: dict[Path, int] = {}
+    under_way: deque[Future[int]] = deque()
+    count = 0
+    try:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for part in parts:
+                file = part.stored.file
+                if file not in handles:
+                    # Write-only: a client of a network file system that has read a page may write all of it back, also
+                    # the bytes of other ranks.
+                    handles[file] = os.open(file, os.O_WRONLY)
+                under_way.append(pool.submit(_write, part, handles[file]))
+                if len(under_way) > ahead:
+                    count += under_way.popleft().result()
+            count += sum(one.result() for one in under_way)
+        for handle in handles.values():
+            os.fsync(handle)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return count
+
+
+def _write(part: Part, handle: int) -> int:
+    dtype = DTYPES[part.stored.dtype]
+    count, at = part.values.numel(), part.stored.offset + part.start * dtype.itemsize
+    if part.values.dtype == dtype and part.values.device.type == "cpu" and part.values.is_contiguous():
+        _put(part.values.detach(), handle, at)
+        return count * dtype.itemsize
+    on_gpu = part.values.device.type == "cuda"
+    block = torch.empty(min(count, _BLOCK // dtype.itemsize), dtype=dtype, pin_memory=on_gpu)
+    for done in range(0, count, len(block)):
+        piece = block[: min(len(block), count - done)]
+        piece.copy_(part.values[done : done + len(piece)].detach())
+        _put(piece, handle, at + done * dtype.itemsize)
+    return count * dtype.itemsize
+
+
+def _put(tensor: torch.Tensor, handle: int, at: int) -> None:
+    view = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+    while view:
+        count = os.pwrite(handle, view[: 1 << 30], at)
+        view, at = view[count:], at + count

@@ -34,6 +34,7 @@ def main() -> int:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        from fullft.export import push_to_hub
         from fullft.preflight import finished, preflight
         from fullft.retention.report import table
         from fullft.tokenizer import files
@@ -50,6 +51,8 @@ def main() -> int:
         signals.enter("loading")
         train(recipe, me, inputs)
         cluster.leave()
+        if me.is_main and recipe.export.push_to_hub:  # after the last collective: the others may go, it takes minutes
+            push_to_hub(recipe.run_folder / "export", recipe.export.push_to_hub)
         return EXIT_DONE
     except BadInput as error:
         mark_failed(me, recipe)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fullft import lease
+import yaml
+
+from fullft import __version__, lease
 from fullft.recipe import Recipe, fingerprint
 
 Evaluation = dict[str, Any]  # content of a retention/step-….json
@@ -17,15 +21,18 @@ _COLUMNS = ("measures", "task", "number", "before", "after")
 _PERCENT = ("exact_match", "token_accuracy")
 
 
-def evaluations(run_folder: Path) -> list[Evaluation]:
-    """All evaluations of a run, by step."""
-    return [json.loads(path.read_text()) for path in sorted((run_folder / "retention").glob("step-*.json"))]
+def evaluations(run_folder: Path, until: int | None = None) -> list[Evaluation]:
+    """All evaluations of a run (until a step), by step."""
+    found = [json.loads(path.read_text()) for path in sorted((run_folder / "retention").glob("step-*.json"))]
+    return [one for one in found if until is None or one["step"] <= until]
 
 
-def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl."""
+def metrics(run_folder: Path, until: int | None = None) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl (until a step); not a last one that was cut off by a kill."""
     file = run_folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row for row in rows if until is None or row["step"] <= until]
 
 
 def _shown(number: str, value: float) -> str:
@@ -65,9 +72,8 @@ def score(evaluation: Evaluation) -> float | None:
     return total if (skill or losses) and all(map(math.isfinite, (*skill, *gains["retention"]))) else None
 
 
-def before_after(run_folder: Path) -> list[tuple[str, ...]]:
+def before_after(found: list[Evaluation]) -> list[tuple[str, ...]]:
     """Rows of `_COLUMNS` from the first and the last evaluation: skill first, then retention."""
-    found = evaluations(run_folder)
     rows = []
     for name, first in found[0]["tasks"].items() if found else ():
         last = found[-1]["tasks"][name]
@@ -82,7 +88,7 @@ def before_after(run_folder: Path) -> list[tuple[str, ...]]:
 
 def table(run_folder: Path) -> str:
     """`before_after` as text columns."""
-    rows = [_COLUMNS, *before_after(run_folder)]
+    rows = [_COLUMNS, *before_after(evaluations(run_folder))]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -90,39 +96,84 @@ def table(run_folder: Path) -> str:
 
 
 def write_report(run_folder: Path) -> dict[str, Any]:
-    """Write report.json and report.html; returns the former. `metrics` in it are the numbers of the last evaluation."""
-    found = evaluations(run_folder)
+    """Write report.json and report.html; returns the former."""
+    report = summary(run_folder)
+    lease.write(run_folder / "report.json", json.dumps(report, indent=1))
     steps = [row for row in metrics(run_folder) if "train/loss" in row]
+    lease.write(run_folder / "report.html", _page(run_folder, evaluations(run_folder), steps))
+    return report
+
+
+def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
+    """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
+    found = evaluations(run_folder, until)
+    steps = [row for row in metrics(run_folder, until) if "train/loss" in row]
     last: dict[str, float] = {}
     for name, task in found[-1]["tasks"].items() if found else ():
         last[f"{task['measures']}/{name}/{task['metric']}"] = task["score"]
         last[f"{task['measures']}/{name}/drop"] = task["drop"]
-    report = {
+    return {
         "steps": steps[-1]["step"] if steps else 0,
+        "tokens": steps[-1]["train/tokens"] if steps else 0,
         "final_loss": steps[-1]["train/loss"] if steps else None,
+        "data": _shares(steps),
         "metrics": last,
-        "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(run_folder)],
+        "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(found)],
         "evaluations": [{"step": one["step"], "tasks": one["tasks"]} for one in found],
     }
-    lease.write(run_folder / "report.json", json.dumps(report, indent=1))
-    lease.write(run_folder / "report.html", _page(run_folder, found, steps))
-    return report
+
+
+def _shares(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """{training set: {share of the tokens of the logged steps, epochs of it that were seen}}."""
+    tokens: dict[str, int] = {}
+    for row in steps:
+        for key, value in row.items():
+            if key.startswith("data/") and key.endswith("/tokens_of_step"):
+                name = key.removeprefix("data/").removesuffix("/tokens_of_step")
+                tokens[name] = tokens.get(name, 0) + value
+    return {
+        name: {"share": count / max(sum(tokens.values()), 1), "epochs": steps[-1][f"data/{name}/epochs"]}
+        for name, count in tokens.items()
+    }
 
 
 def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
     """README.md of the exported model: what it was made from and how, and what it gained and lost."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fullft]"]
+    about: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["fullft"]}
     if not Path(recipe.model.path).exists():
-        lines.append(f"base_model: {recipe.model.path}")
-    lines += [
-        "---", "", f"# {recipe.run_folder.name}", "",
-        f"Full fine-tuning of `{recipe.model.path}` with fullft, {report['steps']} steps, {fingerprint(recipe)}.",
+        about |= {"base_model": recipe.model.path, "base_model_relation": "finetune"}
+    sources = dict(zip(recipe.data.names, recipe.data.training_sets, strict=True))
+    if on_hub := sorted({one.path for one in sources.values() if _is_hub_name(one.path)}):
+        about["datasets"] = on_hub
+    base = f"`{recipe.model.path}`" + (f" (revision {recipe.model.revision})" if recipe.model.revision else "")
+    loss = f", last training loss {report['final_loss']:.4g}" if report["final_loss"] is not None else ""
+    lines = [
+        "---", yaml.safe_dump(about, sort_keys=False) + "---", "", f"# {recipe.run_folder.absolute().name}", "",
+        f"{base}, all parameters fine-tuned with fullft {__version__}: {report['steps']:,} steps, "
+        f"{report['tokens']:,} tokens{loss}.",
     ]  # fmt: skip
     if report["before_after"]:
-        lines += ["", "## Before and after", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-        lines += [f"| {' | '.join(row.values())} |" for row in report["before_after"]]
-    lines += ["", "## Recipe", "", "```yaml", recipe.to_yaml() + "```", ""]
+        lines += ["", "## Before and after", "", "Skill is what it was to learn, retention what it was to keep.", ""]
+        lines += _markdown(_COLUMNS, [tuple(row.values()) for row in report["before_after"]])
+    if report["data"]:
+        shares = [
+            (name, f"`{sources[name].path}`" if name in sources else "", f"{of['share']:.1%}", f"{of['epochs']:.2f}")
+            for name, of in report["data"].items()
+        ]
+        lines += ["", "## Training data", "", *_markdown(("set", "from", "share of tokens", "epochs"), shares)]
+    lines += ["", "## Recipe", "", f"<details><summary>Every key (fingerprint {fingerprint(recipe)})</summary>", ""]
+    lines += ["```yaml", recipe.to_yaml() + "```", "", "</details>", ""]
     return "\n".join(lines)
+
+
+def _is_hub_name(path: str) -> bool:
+    """Whether a data set is on the hub: owner/name, and no file or pattern here."""
+    return not Path(path).exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).suffix
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    cells = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in cells]
 
 
 _STYLE = """
@@ -147,7 +198,7 @@ def _page(run_folder: Path, found: list[Evaluation], steps: list[dict[str, Any]]
         figures.append(_figure(caption, [(one["step"], one["tasks"][name]["score"]) for one in found]))
     head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in before_after(run_folder)
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in before_after(found)
     )
     name = html.escape(run_folder.name)
     return f"""<!doctype html>
