@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import filelock
 import pytest
 import torch
 from conftest import REPOSITORY, chat, chats, torchrun, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fullft import trainer
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
@@ -533,11 +531,6 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_mended_r
 ) -> None:
     (used_folder / "metrics.jsonl").unlink()
     preflight(parse_recipe(recipe, ["train.learning_rate=0.5"]), 1)
-
-
-def test_a_second_process_in_a_run_folder_is_refused(used_folder: Path) -> None:
-    with filelock.FileLock(used_folder / ".lock"), pytest.raises(BadInput, match="another process is training"):
-        trainer._claim(used_folder)
 
 
 def test_packed_sequences_that_flash_attention_would_mix_are_refused(recipe: dict[str, Any]) -> None:

@@ -311,7 +311,8 @@ def test_every_key_has_a_description_or_explains_itself() -> None:
 
 def test_every_number_names_its_unit() -> None:
     units = (
-        "token", "step", "sequence", "row", "GB", "minute", "rate", "norm", "passes", "decay", "checkpoints", "prompts",
+        "token", "step", "sequence", "row", "GB", "minute", "second", "rate", "norm", "passes", "decay", "checkpoints",
+        "prompts",
     )  # fmt: skip
     for key, field in keys_of(Recipe):
         kinds = {field.annotation, *typing.get_args(field.annotation)}
