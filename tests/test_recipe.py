@@ -334,6 +334,7 @@ FREE = {
     "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
+    "train.hang_timeout": "60", "checkpoint.grace_seconds": "60",
     "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",
 }  # fmt: skip
 FIXED = {

@@ -177,6 +177,8 @@ def stuck(recipe: dict[str, Any], ready: Callable[[], bool]) -> tuple[Ranks, lis
         ranks.send(signal.SIGTERM, 0)
         code = ranks.processes[0].wait(60)
         ranks.send(signal.SIGCONT, 1)
+        # As a launcher does when the first rank has gone. Without it, gloo sometimes waits for the one that has gone.
+        ranks.send(signal.SIGTERM, 1)
         return ranks, [code, ranks.processes[1].wait(60)]
 
 
