@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
-from conftest import torchrun, write_recipe
+import torch
+from conftest import Launch, chats, torchrun, write_jsonl, write_recipe
+from safetensors.torch import load_file
 from test_architectures import CONFIGS, SMALL, save_model
-from transformers import DeepseekV3Config, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, DeepseekV3Config, HrmTextConfig, LlamaConfig, PretrainedConfig
 
 from fullft.export import export_checkpoint
 
@@ -151,3 +157,197 @@ def test_a_run_folder_of_each_node_gives_one_whole_export_on_that_of_rank_0(
     assert "written by rank 0, since not all ranks see its run folder" in printed
     assert str(run / "export") in printed
     assert contents(run / "export") == contents(run / "whole")
+
+
+def fullft_export(*words: Any, code: int = 0, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fullft.cli", "export", *map(str, words)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=cwd, env=os.environ | environment, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_tensors_that_transformers_computes_on_saving_are_told_and_right(
+    recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    # The gate and up projections that it computes with are one tensor in its files.
+    config = HrmTextConfig(hidden_size=32, intermediate_size=3001, num_hidden_layers=1, num_attention_heads=2)
+    path = save_model(config, tiny_model, tmp_path / "model")
+    one = recipe | {"model": {"path": str(path)}, "export": {"dtype": "bf16", "max_shard_gb": SHARD_GB}}
+    printed = ranks([one], tmp_path, 2)
+    run = Path(one["run_dir"])
+    assert "gathered by rank 0, since transformers computes model.H_module" in printed
+    assert contents(run / "export") == contents(run / "whole")
+    export_checkpoint(run, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(run / "whole")
+
+
+def test_a_checkpoint_of_a_run_exported_by_command(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+    """Of the newest step it equals the run's own export; damage is skipped; every error says what to do."""
+    recipe["checkpoint"] = {"every_steps": 2, "keep": 3}
+    recipe["export"]["dtype"] = "auto"
+    recipe["data"]["train"] = [{"path": recipe["data"]["train"], "name": "chats"}]
+    held_out = str(write_jsonl(tmp_path / "held-out.jsonl", chats(4)))
+    recipe["data"]["validation"] = held_out
+    launch(recipe)
+    run, out = Path(recipe["run_dir"]), tmp_path / "v1.5"
+    done = fullft_export(run, out, cwd=tmp_path)
+    assert f"{run}/checkpoints/step-00000004 exported to {out}" in done.stdout
+    assert contents(out, "*") == contents(run / "export", "*")
+    card = (out / "README.md").read_text()
+    assert "| skill | validation | loss |" in card
+    assert "| chats |" in card
+    assert "100.0%" in card
+    assert "4 steps" in card
+    assert "<details>" in card
+
+    fullft_export(run, tmp_path / "half", "--dtype", "fp16", "--step", "2", cwd=tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path / "half").dtype == torch.float16
+    half, last = (load_file(folder / "model.safetensors") for folder in (tmp_path / "half", out))
+    assert all(one.dtype == torch.float16 for one in half.values())
+    assert any((half[name] != last[name].half()).any() for name in half)  # another step
+    assert "2 steps" in (tmp_path / "half" / "README.md").read_text()
+
+    newest = run / "checkpoints" / "step-00000004"
+    file = newest / "__1_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    done = fullft_export(run, tmp_path / "older", cwd=tmp_path)
+    assert f"skipped checkpoint {newest}: __1_0.distcp does not match its checksum" in done.stdout
+    assert "step-00000002 exported" in done.stdout
+
+    for words, message in (
+        ((run, out), f"{out} exists, nothing is overwritten"),
+        ((out, tmp_path / "new"), "is not a run folder of fullft (it has no recipe.yaml)"),
+        ((run, tmp_path / "new", "--step", "3"), "those of .* are step-00000002, step-00000004"),
+        ((run, tmp_path / "new", "--step", "4"), "no checkpoint is whole"),
+        ((run, tmp_path / "new", "--push-to-hub", "someone/tuned"), "HF_HUB_OFFLINE is set"),
+    ):
+        done = fullft_export(*words, code=2, cwd=tmp_path)
+        assert re.search(message if ".*" in message else re.escape(message), done.stderr)
+        assert "nothing was exported" in done.stderr
+    assert not list(tmp_path.glob("new*"))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as an upload of small files speaks: they come in the commit itself."""
+
+    commits: ClassVar[list[bytes]] = []
+    made: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://{self.headers['Host']}/someone/tuned"
+        answer: dict[str, Any] = {}
+        match self.path:
+            case "/api/repos/create":
+                self.made.append(json.loads(body))
+                answer = {"url": here}
+            case "/api/models/someone/tuned/preupload/main":
+                names = [file["path"] for file in json.loads(body)["files"]]
+                answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            case "/api/models/someone/tuned/commit/main":
+                self.commits.append(body)
+                answer = {"commitUrl": f"{here}/commit/1", "commitOid": "1", "pullRequestUrl": None}
+        self._answer(200, answer)
+
+    def do_GET(self) -> None:
+        self._answer(404, {})
+
+    def _answer(self, status: int, answer: dict[str, Any]) -> None:
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_uploads_the_export_and_never_fails_a_run_by_it(
+    recipe: dict[str, Any], launch: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    recipe["train"]["steps"] = 1
+    recipe["export"]["push_to_hub"] = "someone/tuned"
+    run = Path(recipe["run_dir"])
+    done = launch(recipe)
+    assert f"uploaded: http://127.0.0.1:{server.server_port}/someone/tuned/commit/1" in done.stdout
+    (made,) = Hub.made
+    assert (made["name"], made["organization"]) == ("tuned", "someone")
+    sent = [json.loads(line) for line in Hub.commits[0].splitlines()]
+    files = {
+        line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in sent if line["key"] == "file"
+    }
+    assert files == contents(run / "export", "*")
+    server.shutdown()
+    server.server_close()
+
+    recipe["run_dir"] = str(tmp_path / "again")
+    done = launch(recipe)  # nobody listens now
+    assert f"hf upload someone/tuned {tmp_path / 'again' / 'export'}" in done.stderr
+    assert json.loads((tmp_path / "again" / "state.json").read_text())["status"] == "done"
+    done = fullft_export(run, tmp_path / "out", "--push-to-hub", "someone/tuned", code=1, cwd=tmp_path)
+    assert f"hf upload someone/tuned {tmp_path / 'out'}" in done.stderr
+    assert contents(tmp_path / "out") == contents(run / "export")
+
+
+def test_an_upload_without_a_token_is_told_on_the_login_node(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["export"]["push_to_hub"] = "someone/tuned"
+    command = [sys.executable, "-m", "fullft.cli", "check", str(write_recipe(recipe, tmp_path / "recipe.yaml"))]
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment["HF_HOME"] = str(tmp_path / "home")  # of a person who is not logged in
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 2
+    assert "there is no token to upload someone/tuned with; run `hf auth login`" in done.stderr
+
+
+def test_a_full_disk_is_told_before_a_weight_is_written(
+    recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    one = prepare(recipe, "llama, tied", tiny_model, tmp_path, "fp32")
+    ranks([one], tmp_path, 1)
+    small = (
+        f"mount -t tmpfs -o size=900k none out && exec {sys.executable} -m fullft.cli export '{one['run_dir']}' out/x"
+    )
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", small],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Nothing is lost: make room" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_exported_in_memory_that_the_model_does_not_matter_for(
+    recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
+    )
+    recipe["export"] = {"dtype": "bf16", "max_shard_gb": 0.1}
+    peaks, sizes = [], []
+    for name, path in (("small", tiny_model), ("large", save_model(config, tiny_model, tmp_path / "model"))):
+        one = recipe | {"run_dir": str(tmp_path / name), "model": {"path": str(path)}}
+        ranks([one], tmp_path, 2)
+        command = [sys.executable, "-m", "fullft.cli", "export", str(tmp_path / name), str(tmp_path / f"{name}-out")]
+        process = subprocess.Popen(command)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0
+        peaks.append(usage.ru_maxrss / 1024)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / name / "export").glob("*.safetensors")) / 2**20)
+    print(f"peaks {peaks} MiB for weights of {sizes} MiB")
+    assert sizes[1] > 190
+    assert peaks[1] - peaks[0] < 60  # two halves of the largest parameter in fp32 are 11 MiB; and blocks of 16 MiB
