@@ -199,7 +199,7 @@ def export(
         _write(layout, buffers.items())
     if layout.computed:
         how = f"gathered by rank 0, since transformers computes {layout.computed[0]} and others on saving"
-        whole = {name: full.cpu() for name, full in gathered_weights(engine, dtype) if full is not None}
+        whole = {name: full for name, full in gathered_weights(engine, dtype) if full is not None}
         if is_main:
             _write_computed(layout, meta, whole | buffers)
     elif _is_shared(partial):
@@ -249,8 +249,8 @@ def _prepare(
 
 
 def _write(layout: Layout, values: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write whole parameters or buffers."""
-    write_parts(part for name, whole in values for part in layout.parts(name, 0, whole.reshape(-1)))
+    """Write whole parameters or buffers, with few in memory at a time if `values` is a generator."""
+    write_parts((part for name, whole in values for part in layout.parts(name, 0, whole.reshape(-1))), ahead=1)
 
 
 def _write_computed(layout: Layout, meta: PreTrainedModel, values: dict[str, torch.Tensor]) -> None:

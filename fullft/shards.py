@@ -99,7 +99,7 @@ def master_shards(engine: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
 
 
 def gathered_weights(engine: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | None]]:
-    """(name, flattened weights [numel] of `dtype`) of every parameter, on rank 0; None on the others. All together.
+    """(name, flattened weights [numel] of `dtype`) of every parameter, on rank 0's CPU; else None. All ranks together.
 
     One parameter at a time, and only rank 0 has all of it.
     """
@@ -111,7 +111,7 @@ def gathered_weights(engine: Any, dtype: torch.dtype) -> Iterator[tuple[str, tor
         if dist.get_rank() == 0:
             whole = torch.empty(dist.get_world_size() * len(shard), dtype=dtype, device=shard.device)
         dist.gather(shard, list(whole.chunk(dist.get_world_size())) if whole is not None else None, dst=0)
-        yield name, whole[: parameter.ds_numel] if whole is not None else None
+        yield name, whole[: parameter.ds_numel].cpu() if whole is not None else None
 
 
 def set_optimizer_shards(parameter: Any, shards: dict[str, torch.Tensor]) -> None:
