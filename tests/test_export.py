@@ -45,6 +45,8 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed
 from fullft import checkpoint, cluster, engine, export, model
+from fullft.tokenizer import load_tokenizer
+from fullft.tracking import Tracker
 from fullft.optim import build_optimizer
 from fullft.recipe import load_recipe
 from fullft.shards import allocate_optimizer_states
@@ -54,7 +56,7 @@ cluster.join(me, 5)
 for path in sys.argv[1:]:
     recipe = load_recipe(path)
     run = recipe.run_folder
-    tokenizer = model.load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     meta = model.on_meta(recipe.model, tokenizer)
     geometry = engine.geometry(recipe, me.world_size)
     config = engine.fill_config(engine.read_config(recipe), recipe, geometry, 32, torch.float32)
@@ -66,7 +68,11 @@ for path in sys.argv[1:]:
         safe_set_local_fp32_param(parameter, padded.chunk(me.world_size)[me.rank])
     export.export(started, meta, tokenizer, recipe, recipe.export.dtype, "card")
     allocate_optimizer_states(started)
-    checkpoint.save(started, run / "checkpoints", {"step": 4}, 2)
+    tracker = Tracker(recipe, me.is_main, 4, 0)
+    saver = checkpoint.Saver(started, run / "checkpoints", recipe.checkpoint, tracker, 0)
+    saver.copy()
+    saver.write({"step": 4, "score": None})
+    saver.wait()
     weights = {
         name: safe_get_full_fp32_param(one).reshape(one.ds_shape) for name, one in started.module.named_parameters()
     }
@@ -137,7 +143,7 @@ def test_all_ranks_and_a_checkpoint_give_what_save_pretrained_of_the_whole_model
         assert contents(run / "export") == whole, name  # every byte of every file, and the index
         configs = [json.loads((run / folder / "config.json").read_text()) for folder in ("export", "whole")]
         assert configs[0] == configs[1]
-        assert not (run / "export.tmp").exists()
+        assert not list(run.glob("export*.tmp"))
         found, skipped = export_checkpoint(run, tmp_path / "out" / name)
         assert (found.name, skipped) == ("step-00000004", [])
         for file, content in contents(run / "export", "*").items():
