@@ -1,7 +1,8 @@
 """Rows → tokens on disk, piece by piece, on all cores or over hosts by MPI.
 
-A piece is read, tokenized and written by one process, which holds one row at a time (of Parquet, one row group); a part
-that is on disk under its own name is whole, so a killed preparation goes on with the parts that are missing.
+A piece is read, tokenized and written by one process, which holds one row at a time (of Parquet, about a MB of
+them). A part that is on disk under its own name is whole, so a killed preparation goes on with the parts that are
+missing.
 """
 
 from __future__ import annotations
