@@ -10,7 +10,7 @@ new tokens. A folder is written under another name and renamed when it is comple
   summary.json        what became of the rows; sizes of the parts
   sequences-…/        documents packed into sequences of one length: see `sequences.py`
   leaks-….json        documents that stand in evaluation sets: see `leaks.py`
-<cache>/files.json    hashes of files; evaluation-….npz: the words of evaluation sets
+<cache>/files.json    hashes of files, and where they are cut; evaluation-….npz: the words of evaluation sets
 
 One process prepares while the others wait on a file lock: no collective is open meanwhile, so no time-out of one can
 end the run.

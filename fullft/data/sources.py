@@ -1,7 +1,7 @@
 """Files, folders and hub names → rows, in pieces that can be read apart from each other.
 
 JSONL and JSON are read here and not by `datasets`, because only so has every row its number in its file, and one bad
-line is one bad row. Everything is read as a stream: no file needs to fit into memory, of Parquet only a row group.
+line is one bad row. Everything is read as a stream: no file, and no row group of Parquet, needs to fit into memory.
 """
 
 from __future__ import annotations
