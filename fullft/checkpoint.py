@@ -164,7 +164,7 @@ class Saver:
             mine = [_entry(file) for file in partial.iterdir() if file.name.startswith(f"__{dist.get_rank()}_")]
             failure = ""
         except CheckpointException as error:  # on all ranks
-            mine, failure = [], _reason(error)
+            mine, failure = [], _why_not_written(partial) or _reason(error)
         except OSError as error:
             mine, failure = [], f"rank {dist.get_rank()} on {socket.gethostname()}: {_reason(error)}"
         parts: list[Any] = [None] * dist.get_world_size()
@@ -470,6 +470,19 @@ def _reason(error: BaseException) -> str:
         return "; ".join(f"rank {rank}: {_reason(cause)}" for rank, (cause, _) in sorted(error.failures.items()))
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"{type(error).__name__}: {first}"
+
+
+def _why_not_written(folder: Path) -> str:
+    """torch.save hides the errno of a write that failed: try one, to call a full disk or quota by its name."""
+    file = folder / f"probe-{dist.get_rank()}"
+    try:
+        with file.open("wb") as probe:
+            probe.write(bytes(2**20))
+            os.fsync(probe.fileno())
+        file.unlink()
+    except OSError as error:
+        return f"rank {dist.get_rank()} on {socket.gethostname()}: {_reason(error)}"
+    return ""
 
 
 def _new_folder(path: Path) -> str:

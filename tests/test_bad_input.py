@@ -547,6 +547,15 @@ def test_a_check_on_a_login_node_plans_for_gpus(recipe: dict[str, Any]) -> None:
     assert accumulating.plan["device_bytes_per_rank"] == 18 * -(-accumulating.facts.parameters // 2)
 
 
+def test_room_is_planned_for_the_newest_the_best_and_the_one_being_written(recipe: dict[str, Any]) -> None:
+    plain = preflight(parse_recipe(copy.deepcopy(recipe), ["checkpoint.keep=2"]), 1).plan
+    exported = plain["run_folder_bytes"] - 3 * plain["checkpoint_bytes"]
+    assert exported == 4 * plain["parameters"]
+    recipe["data"]["validation"] = recipe["data"]["train"]
+    best = preflight(parse_recipe(recipe, ["retention.every_steps=1"]), 1).plan
+    assert best["run_folder_bytes"] == plain["run_folder_bytes"] + plain["checkpoint_bytes"]
+
+
 def test_what_is_allowed_and_hardly_meant_is_a_warning(recipe: dict[str, Any]) -> None:
     assert preflight(parse_recipe(copy.deepcopy(recipe)), 2).warnings == []
     overrides = ["train.global_batch_size=64", "train.warmup_steps=4"]

@@ -25,15 +25,17 @@ def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-def kill_after(recipe: dict[str, Any], step: int, config: Path, ranks: int = 2) -> None:
-    """Start training and `kill -9` every process of it once metrics.jsonl has reached the step."""
+def kill_after(recipe: dict[str, Any], step: int, config: Path, saved: str = "", ranks: int = 2) -> None:
+    """Start training and `kill -9` every process of it once metrics.jsonl has reached the step, and this checkpoint is
+    on disk."""
     command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(write_recipe(recipe, config))]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=config.parent
     )
     deadline = time.monotonic() + 120
     file = Path(recipe["run_dir"]) / "metrics.jsonl"
-    while not (file.exists() and any(row["step"] >= step for row in metrics(recipe))):
+    checkpoint = Path(recipe["run_dir"]) / "checkpoints" / saved
+    while not (file.exists() and any(row["step"] >= step for row in metrics(recipe)) and checkpoint.exists()):
         assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -52,9 +54,8 @@ def test_killed_and_started_again_equals_uninterrupted(
 ) -> None:
     whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
-    kill_after(long_recipe, 12, tmp_path / "killed.yaml")
+    kill_after(long_recipe, 12, tmp_path / "killed.yaml", saved="step-00000010")
     checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
-    assert [path.name for path in sorted(checkpoints.glob("step-*")) if path.suffix != ".tmp"][-1] >= "step-00000010"
     done = launch(long_recipe)
     assert "resumed from" in done.stdout
     assert losses(long_recipe) == losses(whole)  # bit for bit
@@ -69,23 +70,24 @@ def test_resume_at_another_world_size(long_recipe: dict[str, Any], launch: Launc
     long_recipe["train"] |= {"global_batch_size": 6, "steps": 16}
     whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
-    kill_after(long_recipe, 8, tmp_path / "killed.yaml")
+    kill_after(long_recipe, 8, tmp_path / "killed.yaml", saved="step-00000005")
     launch(long_recipe, ranks=ranks)
     assert losses(long_recipe) == pytest.approx(losses(whole), abs=2e-5)
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
-    kill_after(long_recipe, 12, tmp_path / "killed.yaml")
+    kill_after(long_recipe, 12, tmp_path / "killed.yaml", saved="step-00000010")
     checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
-    newest = sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".tmp")[-1]
+    newest = sorted(path for path in checkpoints.glob("step-*") if not path.suffix)[-1]
     file = newest / "__1_0.distcp"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    shutil.copytree(newest, checkpoints / "step-00000020.tmp")  # as if killed while writing
+    shutil.copytree(newest, checkpoints / "step-00000020.g1.tmp")  # as if killed while writing
     done = launch(long_recipe)
     assert f"skipped checkpoint {newest}: __1_0.distcp does not match its checksum" in done.stdout
     assert len(losses(long_recipe)) == 24
+    assert not list(checkpoints.glob("*.tmp"))
 
 
 def test_a_finished_run_is_not_run_again(recipe: dict[str, Any], launch: Launch) -> None:
@@ -104,14 +106,15 @@ def test_state_says_how_the_run_stands(recipe: dict[str, Any], launch: Launch) -
 def test_a_damaged_newer_checkpoint_does_not_push_out_the_good_ones(
     long_recipe: dict[str, Any], launch: Launch, tmp_path: Path
 ) -> None:
-    long_recipe["train"]["steps"] = 12
-    kill_after(long_recipe, 11, tmp_path / "killed.yaml")
+    kill_after(long_recipe, 11, tmp_path / "killed.yaml", saved="step-00000010")
     checkpoints = Path(long_recipe["run_dir"]) / "checkpoints"
     with (checkpoints / "step-00000010" / "__0_0.distcp").open("r+b") as file:
         file.truncate(100)
     (Path(long_recipe["run_dir"]) / "metrics.jsonl").unlink()  # kill_after waits for its rows
     # Resumed from step 5; the first checkpoint after that is of a step before the damaged one.
-    kill_after(long_recipe | {"checkpoint": {"every_steps": 7, "keep": 1}}, 8, tmp_path / "killed.yaml")
-    assert [path.name for path in checkpoints.iterdir() if path.suffix != ".tmp"] == ["step-00000007"]
-    launch(long_recipe)
-    assert metrics(long_recipe)[-1]["step"] == 12
+    seldom = long_recipe | {"checkpoint": {"every_steps": 7, "keep": 1}}
+    kill_after(seldom, 8, tmp_path / "killed.yaml", saved="step-00000007")
+    assert not (checkpoints / "step-00000010").exists()
+    done = launch(long_recipe)
+    assert "skipped" not in done.stdout
+    assert metrics(long_recipe)[-1]["step"] == 24

@@ -106,7 +106,7 @@ def test_without_memory_for_copies_training_waits_for_the_disk(recipe: dict[str,
 
 def test_the_best_checkpoint_is_kept(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["data"]["validation"] = recipe["data"]["train"]
-    recipe["train"] |= {"steps": 6, "learning_rate": 0.05}  # so high that the last step is not the best
+    recipe["train"] |= {"steps": 6, "learning_rate": 0.5, "schedule": "constant"}  # so high that it does not converge
     recipe["checkpoint"] = {"every_steps": 1, "keep": 1}
     recipe["retention"] = {"every_steps": 1}
     done = alone(recipe, tmp_path / "recipe.yaml")
@@ -120,6 +120,22 @@ def test_the_best_checkpoint_is_kept(recipe: dict[str, Any], tmp_path: Path) -> 
     assert saved(recipe) == [f"step-{best:08d}", "step-00000006"]
     state = json.loads((run / f"checkpoints/step-{best:08d}/state.json").read_text())
     assert state["score"] == scores[best]
+
+
+def test_the_score_is_what_was_learnt_less_what_was_forgotten() -> None:
+    def task(measures: str, base: float, now: float, higher: bool) -> dict[str, Any]:
+        return {"measures": measures, "base": base, "score": now, "higher_is_better": higher}
+
+    tasks = {
+        "validation": task("skill", 2.0, 1.0, False),  # half of the loss: 0.5
+        "sums": task("skill", 0.1, 0.4, True),  # 30 points: 0.3
+        "wiki": task("retention", 1.0, 1.2, False),  # a fifth worse: 0.2
+        "facts": task("retention", 0.5, 0.6, True),  # better, which does not make up for another loss: 0
+    }
+    assert score({"tasks": tasks}) == pytest.approx((0.5 + 0.3) / 2 - (0.2 + 0) / 2)
+    assert score({"tasks": {"wiki": tasks["wiki"]}}) == pytest.approx(-0.2)
+    assert score({"tasks": {}}) is None
+    assert score({"tasks": tasks | {"validation": task("skill", 2.0, float("nan"), False)}}) is None
 
 
 def test_every_kind_of_damage_is_named(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -220,7 +236,8 @@ def test_a_full_disk_does_not_end_the_run(recipe: dict[str, Any], launch: Launch
     done = launch(recipe)
     assert "checkpoint step-00000002 on disk" in done.stdout
     for step in (4, 6):
-        assert f"WARNING: checkpoint step-0000000{step} could not be written: " in done.stdout
+        assert f"WARNING: checkpoint step-0000000{step} could not be written: rank " in done.stdout
+    assert "No space left on device" in done.stdout
     assert "Newest checkpoint on disk: step-00000002" in done.stdout
     assert [path.name for path in small_disk.iterdir()] == ["step-00000002"]
     assert [row["checkpoint/failed"] for row in metrics(recipe) if "checkpoint/failed" in row] in ([0, 1], [0])
