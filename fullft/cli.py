@@ -121,8 +121,9 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
     with worker_processes(workers) as executor:
         if executor is None:
             return  # this MPI rank has worked until rank 0 was done
+        tokenizer = load_tokenizer(recipe.model)
         started = time.monotonic()
-        sets, warnings = open_data(recipe, load_tokenizer(recipe.model), executor)
+        sets, warnings = open_data(recipe, tokenizer, executor)
         batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
         warnings += unlikely(recipe, steps, batches)
         for line in [*batches.describe(steps), *(f"warning: {warning}" for warning in warnings)]:
