@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from fullft import lease
+from fullft import lease, watchdog
 from fullft.cluster import available_host_memory
 from fullft.errors import BadInput, LeaseLost
 from fullft.recipe import Checkpoint
@@ -121,9 +121,10 @@ class Saver:
 
     def wait(self) -> None:
         """Until no write is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        while self._thread is not None:
+            self._thread.join(timeout=10)
+            watchdog.touch()  # a slow disk is no hang
+            self._thread = self._thread if self._thread.is_alive() else None
         if self._lost is not None:
             raise self._lost
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from fullft import checkpoint, lease, model
+from fullft import checkpoint, lease, model, watchdog
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, load_recipe
 from fullft.retention.report import model_card, summary
@@ -36,6 +36,7 @@ from fullft.shards import gathered_weights, master_shards
 from fullft.tokenizer import files, load_tokenizer
 from fullft.weights import NewFile, Part, Stored, create, new_file, stored_buffers, write_parts
 
+T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _LOOKS = 10  # a node may learn of a new file only seconds later (attribute caches of network file systems)
 
@@ -199,15 +200,17 @@ def export(
         _write(layout, buffers.items())
     if layout.computed:
         how = f"gathered by rank 0, since transformers computes {layout.computed[0]} and others on saving"
-        whole = {name: full for name, full in gathered_weights(engine, dtype) if full is not None}
+        whole = {name: full for name, full in _watched(gathered_weights(engine, dtype)) if full is not None}
         if is_main:
             _write_computed(layout, meta, whole | buffers)
     elif _is_shared(partial):
         how = "written by all ranks"
-        write_parts(part for name, first, shard in master_shards(engine) for part in layout.parts(name, first, shard))
+        write_parts(
+            part for name, first, shard in _watched(master_shards(engine)) for part in layout.parts(name, first, shard)
+        )
     else:
         how = "written by rank 0, since not all ranks see its run folder"
-        _write(layout, ((name, full) for name, full in gathered_weights(engine, dtype) if full is not None))
+        _write(layout, ((name, full) for name, full in _watched(gathered_weights(engine, dtype)) if full is not None))
     dist.barrier()  # every rank's bytes are on disk
     if is_main:
         checkpoint.to_disk(partial)
@@ -215,6 +218,13 @@ def export(
         seconds = time.perf_counter() - started
         print(f"export: {layout.size / 1e9:.2f} GB {how} ({seconds:.1f} s): {folder.absolute()}", flush=True)
     dist.barrier()
+
+
+def _watched(items: Iterable[T]) -> Iterator[T]:
+    """A long export is no hang."""
+    for item in items:
+        watchdog.touch()
+        yield item
 
 
 def _buffers(recipe: Recipe, meta: PreTrainedModel, live: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
