@@ -177,7 +177,7 @@ def test_an_unknown_key_inside_a_list_is_told_with_its_place() -> None:
 
 def test_an_unknown_key_like_no_other_lists_the_keys_of_its_section() -> None:
     (problem,) = problems("export.qqqq=1")
-    assert problem == "export.qqqq: unknown key; keys here are: dtype, max_shard_gb"
+    assert problem == "export.qqqq: unknown key; keys here are: dtype, max_shard_gb, push_to_hub"
 
 
 def test_values_of_overrides_are_yaml() -> None:
@@ -333,12 +333,14 @@ FREE = {
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
     "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
+    "export.push_to_hub": "a/b",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
     "train.hang_timeout": "60", "checkpoint.grace_seconds": "60",
     "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",
 }  # fmt: skip
 FIXED = {
     "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
+    "model.new_tokens": "[<|call|>]", "model.vocabulary_multiple": "64",
     "data.packing": "false", "data.on_leak": "drop", "data.train_on": "all", "data.on_bad_row": "skip",
     "data.on_too_long": "drop",
     "train.epochs": "2", "train.steps": "3", "train.global_batch_size": "8", "train.learning_rate": "1e-4",
