@@ -282,13 +282,14 @@ def _engine(model: Path, work: Path, *, moments: bool, read: bool = True, **more
 
 
 def export_fullft(model: Path, work: Path) -> dict[str, float]:
-    import torch
-
     from fullft.export import export
+    from fullft.model import on_meta
 
     engine, tokenizer = _engine(model, work, moments=False)
+    recipe = _recipe(model, work)
+    meta = on_meta(recipe.model)
     with Meter() as meter:
-        export(engine, tokenizer, work / "export", torch.bfloat16, 5, "")
+        export(engine, meta, tokenizer, recipe, "bf16", "")
     return meter.result(shard_bytes=_shard_bytes(engine.module))
 
 

@@ -381,7 +381,7 @@ def push_to_hub(folder: Path, repository: str) -> bool:
     print(f"uploading {folder} to {repository}", flush=True)
     try:
         hub = HfApi(library_name="fullft")
-        hub.create_repo(repository, exist_ok=True)
+        hub.create_repo(repository, exist_ok=True, private=True)  # nobody's model is published by a default
         commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by fullft")
     except Exception as error:  # no network, no permission, quota: the model is safe in its folder
         print(

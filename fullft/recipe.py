@@ -291,7 +291,7 @@ class Export(Section):
     max_shard_gb: float = Field(5, gt=0, description="largest weight file, GB")
     push_to_hub: str | None = Field(
         None, pattern=r"^[\w.-]+/[\w.-]+$", description="hub name (owner/name) that the export is uploaded to at the "
-        "end; if it does not exist it is made, public unless the owner's default is private"
+        "end; if it does not exist it is made, private"
     )  # fmt: skip
 
 
