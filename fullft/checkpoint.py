@@ -40,9 +40,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fullft import lease, watchdog
-from fullft.cluster import available_host_memory
+from fullft.cluster import available_host_memory, is_shared
 from fullft.errors import BadInput, LeaseLost
 from fullft.recipe import Checkpoint
+from fullft.retention.report import score
 from fullft.shards import (
     STATES,
     allocate_optimizer_states,
@@ -72,10 +73,10 @@ class Saver:
 
     def __init__(self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int) -> None:
         self._engine, self._folder, self._settings, self._tracker = engine, folder, settings, tracker
-        self.saved_step = resumed_step  # the newest that is on disk
+        self.resumed_step = self.saved_step = resumed_step  # the latter: the newest that is on disk
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._copies: Tensors | None = None  # in host memory, made at the first save and used for every one
-        self._asynchronous = settings.asynchronous
+        self._asynchronous, self._shared = settings.asynchronous, _is_shared(folder, tracker)
         self._thread: threading.Thread | None = None
         self._lost: LeaseLost | None = None
         self._waited_seconds = 0.0
@@ -86,6 +87,8 @@ class Saver:
         """Copy the shards of this rank to host memory, once the write before has ended."""
         started = time.perf_counter()
         self.wait()
+        if not self._shared:
+            return
         if self._asynchronous and self._copies is None:
             self._copies, why_not = _allocate_copies(self._engine, self._group)
             if self._copies is None:
@@ -103,28 +106,30 @@ class Saver:
 
     def write(self, state: dict[str, Any]) -> None:
         """Write what `copy` has copied as the checkpoint of `state["step"]`: in the background, or at once without
-        copies. The row of the step's metrics should be on disk before: a resumed run does not log it again."""
-        if state["step"] == self.saved_step:
+        copies. The row of the step's metrics should be logged before: a resumed run does not log it again."""
+        if not self._shared:
+            self._rows.append({"checkpoint/failed": 1.0})
             return
         started = time.perf_counter()
-        if self._copies is not None:
-            tensors = self._copies
-            self._thread = threading.Thread(
-                target=self._write, args=(tensors, state, started), name="checkpoint", daemon=True
-            )
-            self._thread.start()
-        else:
-            shards = list(optimizer_shards(self._engine))
-            self._write(_tensors(shards), state, started)
-            self._rows.append({"time/checkpoint_stall_seconds": time.perf_counter() - started})  # in a later row
+        self._tracker.sync()
+        tensors = self._copies or _tensors(list(optimizer_shards(self._engine)))
+        self._thread = threading.Thread(
+            target=self._write, args=(tensors, state, started), name="checkpoint", daemon=True
+        )
+        self._thread.start()
+        if self._copies is None:
             self.wait()
+            self._rows.append({"time/checkpoint_stall_seconds": time.perf_counter() - started})  # in a later row
 
     def wait(self) -> None:
-        """Until no write is under way."""
+        """Until no write is under way. A slow disk is no hang: the watchdog is quiet while the files grow."""
+        size = 0
         while self._thread is not None:
-            self._thread.join(timeout=10)
-            watchdog.touch()  # a slow disk is no hang
+            self._thread.join(timeout=30)
             self._thread = self._thread if self._thread.is_alive() else None
+            if self._thread is not None and (now := _size(self._folder)) != size:
+                size = now
+                watchdog.touch()
         if self._lost is not None:
             raise self._lost
 
@@ -140,8 +145,10 @@ class Saver:
         name = f"step-{state['step']:08d}"
         try:
             failure = self._write_together(tensors, state, self._folder / name)
-        except Exception as error:  # a rank is gone, so the run ends anyway
-            failure = _reason(error)
+        except Exception as error:  # a rank is gone, so the run ends anyway, and not for this
+            self._tracker.say(f"checkpoint {name} was cut off while it was written: {_reason(error)}")
+            self._rows.append({"checkpoint/failed": 1.0})
+            return
         seconds = time.perf_counter() - started
         if failure:
             self._rows.append({"checkpoint/failed": 1.0})
@@ -149,7 +156,7 @@ class Saver:
         else:
             self.saved_step = state["step"]
             self._rows.append({"checkpoint/failed": 0.0, "time/checkpoint_seconds": seconds})
-            waited = f"training waited {self._waited_seconds:.1f} s" if self._thread else "training waited"
+            waited = f"training waited {self._waited_seconds:.1f} s" if self._copies is not None else "training waited"
             self._tracker.say(f"checkpoint {name} on disk after {seconds:.1f} s ({waited})")
 
     def _write_together(self, tensors: Tensors, state: dict[str, Any], final: Path) -> str:
@@ -272,7 +279,10 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, list[str]]:
     skipped: list[str] = []
     for path in chosen:
         with ThreadPoolExecutor(_THREADS) as pool:  # hashing leaves the other threads free
-            damages = list(pool.map(lambda share, path=path: _damage_of_share(path, share, _THREADS), range(_THREADS)))
+            try:
+                damages = [*pool.map(lambda share, path=path: _damage_of_share(path, share, _THREADS), range(_THREADS))]
+            except OSError as error:
+                raise BadInput(f"{path} cannot be read: {error}") from None
         if damage := next(filter(None, damages), ""):
             skipped.append(f"{path}: {damage}")
         else:
@@ -369,17 +379,20 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
         free = min(free for on, _, free in ranks if on == host)
         if needed > _SHARE_OF_FREE_MEMORY * free:
             return None, f"{host} has {free / 2**30:.1f} GiB of memory free, copies would take {needed / 2**30:.1f} GiB"
-    problem, block = "", torch.empty(0)
+    problem, block, pinned = "", torch.empty(0), False
     try:
         block = torch.empty(count, dtype=torch.float32)
         if torch.device(engine.device).type == "cuda" and count:
             # One block, registered with CUDA by hand: pin_memory() would round it up to a power of two.
             runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             torch.cuda.check_error(runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+            pinned = True
     except RuntimeError as error:
         problem = f"no memory for copies on {socket.gethostname()}: {_reason(error)}"
     dist.all_gather_object(ranks, problem, group=group)
     if problem := next((problem for problem in ranks if problem), ""):
+        if pinned:
+            runtime.cudaHostUnregister(block.data_ptr())
         return None, problem
     mesh, at = mesh_of_all_ranks("cpu"), 0
     copies: Tensors = {state: {} for state in STATES}
@@ -405,19 +418,18 @@ def _superfluous(folder: Path, settings: Checkpoint) -> list[Path]:
     """What may go now that a checkpoint was written: all but the newest and the best, and what was set aside."""
     complete = _complete(folder)
     kept = complete[-settings.keep :]
-    scored = [(score, path) for path in complete if (score := _score(path)) is not None]
+    scored = [(value, path) for path in complete if (value := _score(path)) is not None]
     if settings.keep_best and scored:
         kept.append(max(scored)[1])
     return [path for path in complete if path not in kept] + list(folder.glob("step-*.damaged"))
 
 
 def _score(path: Path) -> float | None:
-    """The score in a checkpoint's state.json, see `retention.report.score`; None if that step was not evaluated."""
+    """How good a checkpoint is, by the evaluation of its step; None if there was none."""
     try:
-        score: float | None = json.loads((path / "state.json").read_text()).get("score")
-    except (OSError, ValueError):
+        return score(json.loads((path.parent.parent / "retention" / f"{path.name}.json").read_text()))
+    except (OSError, ValueError, KeyError):
         return None
-    return score
 
 
 def _set_aside(path: Path) -> None:
@@ -429,13 +441,24 @@ def _set_aside(path: Path) -> None:
 
 def _damage(path: Path) -> str:
     """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer."""
+    mine, unreadable = "", ""
+    try:
+        mine = _damage_of_share(path, dist.get_rank(), dist.get_world_size())
+    except OSError as error:
+        unreadable = f"rank {dist.get_rank()} on {socket.gethostname()}: {_reason(error)}"
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _damage_of_share(path, dist.get_rank(), dist.get_world_size()))
-    return next((damage for damage in found if damage), "")
+    dist.all_gather_object(found, (mine, unreadable))
+    if unreadable := next((unreadable for _, unreadable in found if unreadable), ""):
+        raise RuntimeError(f"checkpoint {path} cannot be read ({unreadable}); it is left as it is. Start again")
+    return next((damage for damage, _ in found if damage), "")
 
 
 def _damage_of_share(path: Path, number: int, shares: int) -> str:
-    """What is wrong with every `shares`-th file of a checkpoint, from that of `number` on; empty if nothing."""
+    """What is wrong with every `shares`-th file of a checkpoint, from that of `number` on; empty if nothing.
+
+    Raises:
+        OSError: a file is there and cannot be read, as when a file server is away: that says nothing about it.
+    """
     damage = ""
     try:
         files = json.loads((path / _MANIFEST).read_text())["files"]
@@ -449,8 +472,6 @@ def _damage_of_share(path: Path, number: int, shares: int) -> str:
                 damage = f"{entry['name']} does not match its checksum"
     except FileNotFoundError:
         damage = f"{_MANIFEST} is missing"
-    except OSError as error:
-        damage = f"cannot be read ({error})"
     except (ValueError, KeyError, TypeError) as error:
         damage = f"{_MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return damage
@@ -486,7 +507,29 @@ def _why_not_written(folder: Path) -> str:
     return ""
 
 
+def _is_shared(folder: Path, tracker: Tracker) -> bool:
+    """Whether all ranks see one folder for checkpoints; else none can be written, which is told. All ranks together."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    if is_shared(folder):
+        return True
+    text = f"{folder} is not the same for all ranks, so no checkpoint will be written: a run that is killed starts anew"
+    tracker.say(f"WARNING: {text}. Put run_dir on a file system that all nodes share")
+    tracker.alert("no checkpoints", text)
+    return False
+
+
+def _size(folder: Path) -> int:
+    """Bytes of what is being written."""
+    size = 0
+    for path in folder.glob("*.tmp/*"):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    return size
+
+
 def _new_folder(path: Path) -> str:
+    lease.check()
     shutil.rmtree(path, ignore_errors=True)  # of this step, from a write that failed
     path.mkdir(parents=True)
     return str(path)

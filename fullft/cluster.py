@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -16,9 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from fullft.errors import EXIT_BAD_INPUT, BadInput
 
+_LOOKS = 10  # a node may learn of a new file only seconds later (attribute caches of network file systems)
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -241,6 +244,28 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether every rank sees what rank 0 writes to a folder. All ranks together."""
+    import torch.distributed as dist
+
+    word: list[Any] = [secrets.token_hex(8)]
+    dist.broadcast_object_list(word, src=0)
+    file = folder / f".seen-by-all-{word[0]}"
+    if dist.get_rank() == 0:
+        file.touch()
+    dist.barrier()
+    seen = file.exists()
+    for _ in range(_LOOKS):
+        if not seen:
+            time.sleep(1)
+            seen = file.exists()
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, seen)
+    if dist.get_rank() == 0:
+        file.unlink()
+    return all(answers)
 
 
 def available_host_memory() -> int:

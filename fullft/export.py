@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from transformers.core_model_loading import dot_natural_key, revert_weight_conve
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from fullft import checkpoint, lease, model, watchdog
+from fullft.cluster import is_shared
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, load_recipe
 from fullft.retention.report import model_card, summary
@@ -38,7 +38,6 @@ from fullft.weights import NewFile, Part, Stored, create, new_file, stored_buffe
 
 T = TypeVar("T")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LOOKS = 10  # a node may learn of a new file only seconds later (attribute caches of network file systems)
 
 
 def rehearse(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -203,7 +202,7 @@ def export(
         whole = {name: full for name, full in _watched(gathered_weights(engine, dtype)) if full is not None}
         if is_main:
             _write_computed(layout, meta, whole | buffers)
-    elif _is_shared(partial):
+    elif is_shared(partial):
         how = "written by all ranks"
         write_parts(
             part for name, first, shard in _watched(master_shards(engine)) for part in layout.parts(name, first, shard)
@@ -272,26 +271,6 @@ def _write_computed(layout: Layout, meta: PreTrainedModel, values: dict[str, tor
     write_parts(Part(stored[name], 0, tensor.reshape(-1)) for name, tensor in converted.items())
 
 
-def _is_shared(folder: Path) -> bool:
-    """Whether every rank sees what rank 0 writes to a folder. All ranks together."""
-    word = [secrets.token_hex(8)]
-    dist.broadcast_object_list(word, src=0)
-    file = folder / f".seen-by-all-{word[0]}"
-    if dist.get_rank() == 0:
-        file.touch()
-    dist.barrier()
-    seen = file.exists()
-    for _ in range(_LOOKS):
-        if not seen:
-            time.sleep(1)
-            seen = file.exists()
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, seen)
-    if dist.get_rank() == 0:
-        file.unlink()
-    return all(answers)
-
-
 # From a checkpoint
 
 
@@ -343,8 +322,10 @@ def export_checkpoint(
             write_parts((part for shard in shards for part in layout.parts(*shard)), ahead=0)
         checkpoint.to_disk(partial)
         partial.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            raise BadInput(f"{folder} was removed meanwhile by the run, which goes on; start again") from None
         raise
     return folder, skipped
 

@@ -154,7 +154,8 @@ def load(
         model, said = _load_by_transformers(recipe, folder, deepspeed_config), f"by transformers, since {reason}"
     else:
         make_empty_shards(model, deepspeed_config, dtype)
-        count = _read_shards(recipe.model, model, weights, tokenizer) if read else 0
+        count = _place_buffers(model, weights)
+        count += _read_shards(recipe.model, model, weights, tokenizer) if read else 0
         said = f"{count / 1e9:.2f} GB read by each rank" if read else "not read, a checkpoint has them"
     if dist.get_rank() == 0:
         print(f"weights: {said} ({time.perf_counter() - started:.1f} s)", flush=True)
@@ -188,20 +189,26 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _read_shards(model: Model, built: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Fill this rank's shards, and all buffers, from the files; returns the bytes read."""
-    names, parts = {parameter: name for name, parameter in built.named_parameters()}, []
-    for parameter, name in names.items():
-        stored = weights.stored[name]
-        parts.append(Part(stored, *own_part(parameter, stored.numel)))
-    persistent = {name for name in built.state_dict() if name in weights.stored}
+def _place_buffers(built: PreTrainedModel, weights: Weights) -> int:
+    """Bring buffers to the device, persistent ones from the files, as checkpoints hold none; returns the bytes read."""
+    persistent, parts = set(built.state_dict()), []
     for module_name, module in built.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is None:
                 continue
-            module._buffers[name] = buffer = buffer.to(device())
+            module._buffers[name] = placed = buffer.to(device()).contiguous()
             if (full := f"{module_name}.{name}".lstrip(".")) in persistent:
-                parts.append(Part(weights.stored[full], 0, buffer.view(-1)))
+                parts.append(Part(weights.stored[full], 0, placed.view(-1)))
+    return read_parts(parts)
+
+
+@torch.no_grad()
+def _read_shards(model: Model, built: PreTrainedModel, weights: Weights, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Fill this rank's shards from the files; returns the bytes read."""
+    names, parts = {parameter: name for name, parameter in built.named_parameters()}, []
+    for parameter, name in names.items():
+        stored = weights.stored[name]
+        parts.append(Part(stored, *own_part(parameter, stored.numel)))
     count = read_parts(parts)
     new_ids = tokenizer.convert_tokens_to_ids(list(model.new_tokens))
     for parameter in dict.fromkeys(map(built.get_parameter, vocabulary_parameters(built))):

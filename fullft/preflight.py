@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -196,7 +197,10 @@ def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
     problems = []
     existing = next(path for path in (recipe.run_folder, *recipe.run_folder.absolute().parents) if Path(path).exists())
     free = shutil.disk_usage(existing).free
-    held = sum(file.stat().st_size for file in recipe.run_folder.rglob("*") if file.is_file())
+    held = 0
+    for file in recipe.run_folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile by another job, which is told later
+            held += file.stat().st_size if file.is_file() else 0
     if (need := planned["run_folder_bytes"] - held) > free:
         problems.append(
             f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, "

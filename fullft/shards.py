@@ -80,21 +80,25 @@ def local_part(parameter: Any) -> slice:
 
 
 def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
-    """(name, parameter, {state: shard [c] fp32}) of every parameter; a copy when the optimizer is offloaded."""
-    from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
+    """(name, parameter, {state: shard [c] fp32}) of every parameter, where the optimizer has it: on the host if it is
+    offloaded there. A view, or a copy if it is on NVMe."""
     for name, parameter in engine.module.named_parameters():
-        shards = {"weight": safe_get_local_fp32_param(parameter)}
-        shards |= {state: safe_get_local_optimizer_state(parameter, state) for state in STATES[1:]}
-        yield name, parameter, shards
+        yield name, parameter, {state: _shard(engine, parameter, state) for state in STATES}
+
+
+def _shard(engine: Any, parameter: Any, state: str) -> torch.Tensor:
+    # Not safe_get_local_fp32_param: it brings shards of an offloaded optimizer to the GPU, which may not hold them all.
+    shard: torch.Tensor
+    shard, _ = engine.optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=True, optim_state_key=None if state == "weight" else state
+    )
+    return shard.clone() if engine.optimizer.swap_optimizer else shard
 
 
 def master_shards(engine: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
     """(name, first element, this rank's fp32 weights [<= c] without padding) of every parameter, one by one."""
-    from deepspeed.utils import safe_get_local_fp32_param
-
     for name, parameter in engine.module.named_parameters():
-        shard = safe_get_local_fp32_param(parameter)
+        shard = _shard(engine, parameter, "weight")
         yield name, dist.get_rank() * len(shard), shard[local_part(parameter)]
 
 
@@ -103,10 +107,8 @@ def gathered_weights(engine: Any, dtype: torch.dtype) -> Iterator[tuple[str, tor
 
     One parameter at a time, and only rank 0 has all of it.
     """
-    from deepspeed.utils import safe_get_local_fp32_param
-
     for name, parameter in engine.module.named_parameters():
-        shard = safe_get_local_fp32_param(parameter).to(dtype)
+        shard = _shard(engine, parameter, "weight").to(parameter.device, dtype)
         whole = None
         if dist.get_rank() == 0:
             whole = torch.empty(dist.get_world_size() * len(shard), dtype=dtype, device=shard.device)

@@ -5,6 +5,8 @@ metrics.jsonl is the record; W&B is sent the same rows. Nothing that W&B does ca
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import secrets
@@ -23,14 +25,20 @@ from fullft.recipe import Recipe
 class Tracker:
     """Logs rows of one run. On ranks other than 0 every method does nothing."""
 
-    def __init__(self, recipe: Recipe, is_main: bool, total_steps: int, resumed_step: int) -> None:
+    def __init__(
+        self, recipe: Recipe, is_main: bool, total_steps: int, resumed_step: int, logged_step: int | None = None
+    ) -> None:
+        """`logged_step`: the last step whose row is kept, the later ones come again; default: resumed_step."""
         self.is_main = is_main
         self._run: Any = None
         if not is_main:
             return
         file = recipe.run_folder / "metrics.jsonl"
-        last_logged = _cut_back(file, resumed_step)
-        self._rows = file.open("a")  # this very file, even if another job replaces it (see fullft/lease.py)
+        last_logged = _cut_back(file, resumed_step if logged_step is None else logged_step)
+        self._unwritten: list[str] = []
+        self._rows = file.open(
+            "ab", buffering=0
+        )  # this very file, even if another job replaces it (see fullft/lease.py)
         self._run, self._last_step_sent = None, -1
         try:
             self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
@@ -50,9 +58,16 @@ class Tracker:
         """
         if not self.is_main:
             return
-        lease.check()
-        self._rows.write(json.dumps({"step": step} | row) + "\n")
-        self._rows.flush()
+        self._unwritten.append(json.dumps({"step": step} | row) + "\n")
+        try:
+            lease.check()
+            self._append("".join(self._unwritten).encode())
+            self._unwritten.clear()
+        except OSError as error:  # disk full: they wait for the next row
+            if len(self._unwritten) == 1:
+                text = f"metrics.jsonl cannot be written ({error}); training goes on, and its rows are kept in memory"
+                self.say(f"WARNING: {text}")
+                self.alert("metrics cannot be written", text)
         # W&B's history only grows: rows of steps that were already sent before a crash would be shifted to new ones.
         if self._run is not None and step > self._last_step_sent:
             self._guarded(lambda run: run.log(row, step=step, commit=True))  # else the row waits for the next step
@@ -62,6 +77,22 @@ class Tracker:
             self._bar.set_postfix_str(show, refresh=False)
             self._bar.update(step - self._bar.n)
             self._bar.refresh()
+
+    def _append(self, rows: bytes) -> None:
+        """All of it or nothing."""
+        size = os.fstat(self._rows.fileno()).st_size
+        try:
+            if self._rows.write(rows) < len(rows):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            os.ftruncate(self._rows.fileno(), size)
+            raise
+
+    def sync(self) -> None:
+        """Have the rows on disk, and not only given to the system, when this returns; if the disk takes them."""
+        if self.is_main:
+            with contextlib.suppress(OSError):
+                os.fsync(self._rows.fileno())
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress bar."""

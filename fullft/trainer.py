@@ -102,10 +102,11 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
             state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
             state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
-            state |= {"score": (evaluation or {}).get("checkpoint/score"), "unevaluated": row if abandoned else None}
+            state |= {"unevaluated": row if abandoned else None}
             saver.write(state)
         if stopping:
             saver.wait()
+            require_progress(recipe, cluster, tracker, saver, step)
             leave_for_requeue(recipe, cluster, tracker, saver.saved_step)
 
     saver.wait()
@@ -160,7 +161,7 @@ def set_up(
         )
     if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
         raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
-    tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step)
+    tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step, step - (unevaluated is not None))
     saver = checkpoint.Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
@@ -246,6 +247,19 @@ def end_loading_if_asked(recipe: Recipe, cluster: Cluster, next_phase: str) -> N
         saved = checkpoint.newest(recipe.run_folder / "checkpoints")
         leave_for_requeue(recipe, cluster, None, int(saved.name.removeprefix("step-")) if saved else 0)
     watchdog.mark(next_phase)
+
+
+def require_progress(recipe: Recipe, cluster: Cluster, tracker: Tracker, saver: checkpoint.Saver, step: int) -> None:
+    """Raises TrainingStopped when a signal ends the run and nothing of it could be saved: it would be so each time."""
+    if saver.saved_step > saver.resumed_step:
+        return
+    message = f"{signals.name()} came at step {step}, and no checkpoint of this start could be written"
+    if cluster.is_main:
+        set_state(recipe.run_folder, "failed", reason=message)
+        print(f"fullft: {message}; nothing asks for another start", file=sys.stderr, flush=True)
+    tracker.finish({})
+    dist.barrier()  # the first rank to end takes the others with it
+    raise TrainingStopped(message)
 
 
 def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None, step: int) -> NoReturn:

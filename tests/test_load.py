@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Gemma2Config,
+    Gemma4TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -35,6 +36,7 @@ from fullft.recipe import parse_recipe
 
 pytestmark = pytest.mark.ranks
 
+GEMMA4 = SMALL | {"global_head_dim": 16, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
     "llama, tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -221,7 +223,17 @@ def test_a_hub_name_is_read_from_the_hubs_cache(
     assert losses(by_name) == losses(recipe)
 
 
-def test_a_resumed_run_does_not_read_the_base_weights(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("buffers", [False, True])
+def test_a_resumed_run_reads_of_the_base_model_only_buffers(
+    recipe: dict[str, Any], launch: Launch, tiny_model: Path, tmp_path: Path, buffers: bool
+) -> None:
+    if buffers:  # a checkpoint holds parameters only
+        folder = save_model(Gemma4TextConfig(**GEMMA4), tiny_model, tmp_path / "model")
+        tensors = load_file(folder / "model.safetensors")
+        scalars = {name: torch.full_like(tensor, 0.37) for name, tensor in tensors.items() if "layer_scalar" in name}
+        assert scalars
+        save_file(tensors | scalars, folder / "model.safetensors", {"format": "pt"})
+        recipe["model"] = {"path": str(folder), "attention": "eager"}
     whole = recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
     recipe["checkpoint"] = {"every_steps": 2}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class Suite:
             result["drop"] = worse
         report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
         if dist.get_rank() == 0:
-            lease.write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
+            _write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
         return report
 
     def _know_base(self, step: int, results: dict[str, Any]) -> None:
@@ -81,13 +82,20 @@ class Suite:
             for number, (item, result) in enumerate(zip(prepared.items, items, strict=True))
         ]
         name = f"{_file_name(step)}.{prepared.name}.jsonl"
-        lease.write(self.folder / "items" / name, "\n".join(lines) + "\n")
+        _write(self.folder / "items" / name, "\n".join(lines) + "\n")
         if prepared.kind == "generate":
             shown = [
                 json.dumps({"prompt": self.tokenizer.decode(item.prompt), "reference": item.reference} | result)
                 for item, result in zip(prepared.items[:_SAMPLES_KEPT], items, strict=False)
             ]
-            lease.write(self.samples / name, "\n".join(shown) + "\n")
+            _write(self.samples / name, "\n".join(shown) + "\n")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        lease.write(file, text)
+    except OSError as error:  # a full disk does not end a training
+        print(f"WARNING: {file} cannot be written ({error}); training goes on", flush=True)
 
 
 def _share(count: int, run: Callable[[int], Any], device: str) -> list[Any]:
