@@ -214,8 +214,8 @@ def test_a_grace_period_too_short_for_the_first_checkpoint(preempted: dict[str, 
     assert "there is none before it" in state["reason"]
 
 
-# SIGUSR2 makes rank 1 fail, and rank 0 hang in Python, where it does not see that rank 1 has gone (as in a collective of
-# NCCL).
+# SIGUSR2 makes rank 1 fail, and rank 0 hang in Python, where it does not see that rank 1 has gone, as in a collective
+# of NCCL.
 HANG_OR_FAIL = """
 import os, signal, time
 
