@@ -23,7 +23,9 @@ after a question: an old checkpoint beyond those kept, and at the start of a run
 end that was interrupted. A freeze of lease_seconds between two system calls there could cost a checkpoint of the newer
 owner, which is then written again; it cannot make a wrong one.
 
-A process holds one lease at most. Where none is held (other ranks, `fullft report`), `check` does nothing.
+A process holds one lease at most. The other ranks are told the generation (`tell_ranks`): they renew nothing, but what
+they leave (state.json, REQUEUE, why they failed) is checked in the same way. Where no lease is known (before training,
+`fullft report`, a host whose run folder is not that of rank 0), `check` does nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +45,14 @@ from typing import Any
 
 from fullft.errors import BadInput, LeaseLost
 
-_WRITTEN_TO = (".", "checkpoints", "retention", "retention/items", "samples")  # folders of a run with .tmp in them
+_WRITTEN_TO = (
+    ".",
+    "checkpoints",
+    "retention",
+    "retention/items",
+    "samples",
+    "lease",
+)  # folders of a run with .tmp in them
 _JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
 
 
@@ -51,7 +60,9 @@ _JOB_IDS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "TORCHELASTIC_RUN_ID")
 class _Lease:
     run_folder: Path
     generation: int
+    is_owner: bool = True  # False on ranks that were told of it
     released: threading.Event = field(default_factory=threading.Event)
+    lost: str = ""  # what `check` found; then it is never asked again
 
     @property
     def folder(self) -> Path:
@@ -80,35 +91,84 @@ def take(run_folder: Path, lease_seconds: float) -> None:
     threading.Thread(target=_renew, args=(_held, lease_seconds / 6), name="lease", daemon=True).start()
     for place in _WRITTEN_TO:
         _remove_partials(run_folder / place, below=generation)
-    for older in folder.glob("generation-*"):
-        if _generation(older) < generation:
+    for older in (*folder.glob("generation-*"), *folder.glob("failed-*")):
+        if _number(older.name) < generation:
             older.unlink(missing_ok=True)
+
+
+def tell_ranks(run_folder: Path) -> None:
+    """The other ranks know from now on which generation rank 0 has taken. All ranks together."""
+    import torch.distributed as dist
+
+    told = [generation()]
+    dist.broadcast_object_list(told, src=0)
+    know(run_folder, told[0])
+
+
+def know(run_folder: Path, generation: int) -> None:
+    """Write only while this generation is the newest, though another process took it."""
+    global _held
+    if _held is not None:
+        return
+    folder = run_folder / "lease"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)  # an NFS client may remember that it was not there; this asks
+        if _newest(folder, anew=True) == generation:  # else this host's run folder is another one, of no other job
+            _held = _Lease(run_folder, generation, is_owner=False)
+
+
+def generation() -> int:
+    """That of this run; 0 if this process knows of none."""
+    return _held.generation if _held else 0
 
 
 def is_held() -> bool:
     """Whether this process owns a run folder: it took it, and has neither released nor lost it."""
-    return _held is not None and not _held.released.is_set()
+    return _held is not None and _held.is_owner and not _held.released.is_set()
+
+
+def is_owned(run_folder: Path) -> bool:
+    """Whether a job seems to own it: the newest lease is neither released, nor of a process known to be gone, nor old.
+    For who has not taken the lease; OSError if it cannot tell."""
+    folder = run_folder / "lease"
+    if not folder.is_dir() or not (newest := _newest(folder)):
+        return False
+    try:
+        with _file(folder, newest).open() as file:
+            renewed, owner = os.fstat(file.fileno()).st_mtime, json.load(file)
+    except ValueError:  # being written
+        return True
+    if _file(folder, newest).with_suffix(".released").exists() or _is_gone(owner):
+        return False
+    return bool(_server_time(folder) - renewed < owner["lease_seconds"])
 
 
 def check() -> None:
     """Nothing may be committed to the run folder by an older generation.
 
     Raises:
-        LeaseLost: another job has taken over; said on stderr.
+        LeaseLost: another job has taken over; said on stderr. Once lost, it is lost for ever.
+        OSError: the folder of leases cannot be read, so nobody can tell. Nothing is lost; ask again.
     """
-    if _held is None or _newest(_held.folder, anew=True) == _held.generation:
+    if _held is None:
         return
-    me = f"generation {_held.generation}, pid {os.getpid()} on {socket.gethostname()}"
-    message = (
-        f"another job has taken over {_held.run_folder} (generation {_newest(_held.folder)}), as this one ({me}) did "
-        "not renew its lease in time. This one ends and changes nothing more"
-    )
-    if not _held.released.is_set():
-        print(f"fullft: {message}", file=sys.stderr, flush=True)
-    _held.released.set()
+    if not _held.lost:
+        newest = _newest(_held.folder, anew=True)
+        if newest == _held.generation:
+            return
+        if newest < _held.generation:
+            gone = _file(_held.folder, _held.generation)
+            raise OSError(f"{gone} is gone: nobody can tell which job owns the run folder")
+        me = f"generation {_held.generation}, pid {os.getpid()} on {socket.gethostname()}"
+        _held.lost = (
+            f"another job has taken over {_held.run_folder} (generation {newest}), as this one ({me}) did not renew "
+            "its lease in time. This one ends and changes nothing more"
+        )
+        _held.released.set()
+        print(f"fullft: {_held.lost}", file=sys.stderr, flush=True)
     for place in _WRITTEN_TO:
         _remove_partials(_held.run_folder / place, below=_held.generation + 1)
-    raise LeaseLost(message)
+    raise LeaseLost(_held.lost)
 
 
 def partial(path: Path) -> Path:
@@ -123,10 +183,14 @@ def commit(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file of the run folder, whole or not at all, if this process still owns it (LeaseLost if not)."""
+    """Write a file of the run folder, whole or not at all, if this run still owns it (LeaseLost if not). Any rank, any
+    thread; the last one to write the same file wins."""
+    me = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    mine = partial(path.with_name(f"{path.name}.{me}"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial(path).write_text(text)
-    commit(path)
+    mine.write_text(text)
+    check()
+    mine.rename(path)
 
 
 def remove(path: Path) -> None:
@@ -139,7 +203,7 @@ def remove(path: Path) -> None:
 
 def release() -> None:
     """At an orderly end: the next job need not wait."""
-    if _held is not None and not _held.released.is_set():
+    if _held is not None and is_held():
         _held.released.set()
         with contextlib.suppress(OSError):
             _file(_held.folder, _held.generation).with_suffix(".released").touch()
@@ -217,16 +281,19 @@ def _file(folder: Path, generation: int) -> Path:
     return folder / f"generation-{generation:08d}"
 
 
-def _generation(path: Path) -> int:
-    return int(path.name.removeprefix("generation-").removesuffix(".released"))
+def _number(name: str) -> int:
+    """generation-00000003, generation-00000003.released, failed-00000003-rank-00001: 3"""
+    return int(name.split("-")[1].removesuffix(".released"))
 
 
 def _newest(folder: Path, anew: bool = False) -> int:
-    """The newest generation, 0 if there is none. `anew`: an NFS client may answer from its cache, let it look again."""
+    """The newest generation, 0 if there is none; OSError if the folder cannot be read. `anew`: an NFS client may answer
+    from its cache, let it look again."""
     if anew:
         with contextlib.suppress(OSError):  # e.g. the disk is full
             _server_time(folder)  # changes the folder, so its cached listing is no longer used
-    return max((_generation(path) for path in folder.glob("generation-*")), default=0)
+    # Not by Path.glob, which takes a folder that cannot be read for an empty one.
+    return max((_number(path.name) for path in folder.iterdir() if path.name.startswith("generation-")), default=0)
 
 
 def _server_time(folder: Path) -> float:

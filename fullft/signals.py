@@ -8,14 +8,21 @@ and all stop at the same step. What the signal meets:
     training    the step ends, its checkpoint is written; an evaluation is abandoned, and done again after the resume
     over        (the model is exported)     nothing changes
 
-If that takes longer than checkpoint.grace_seconds, the process ends before it is killed, and the next start goes on
-from the checkpoint before. In each case the exit code is EXIT_REQUEUE.
+In each case the exit code is EXIT_REQUEUE. If that takes longer than checkpoint.grace_seconds, the process ends before
+it is killed, see `_end_unsaved`.
+
+A launcher also sends SIGTERM to the ranks that are left when one has failed, and they may then hang in a collective
+till the grace period is over. They must not ask for a start that fails in the same way, again and again. So a rank that
+fails says why in the run folder before it exits (`leave_failure`), and the others end as failed. One that was killed
+(SIGKILL, e.g. out of memory) says nothing; hence the rule that no two runs in a row end unsaved and ask for another
+start without a new checkpoint in between.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,12 +31,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
+from fullft import lease
 from fullft.cluster import Cluster, sum_over_ranks
-from fullft.errors import EXIT_REQUEUE, LeaseLost
+from fullft.errors import EXIT_FAILED, EXIT_REQUEUE, LeaseLost
 from fullft.recipe import Recipe
-from fullft.state import REQUEUE, leave_marker, marker_since, set_state
+from fullft.state import REQUEUE, failure, leave_marker, marker, remove_marker, set_state, status
 
 Phase = Literal["preparing", "loading", "training", "over"]
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -40,7 +48,7 @@ class _Listener:
     folder: Path
     rank: int
     grace_seconds: float
-    started: float  # time.time()
+    found: dict[str, Any] | None  # REQUEUE as this process found it: why it was started
     phase: Phase = "preparing"
     name: str = ""  # of the first signal; later ones change nothing
     deadline: float = float("inf")  # time.monotonic()
@@ -58,7 +66,8 @@ _listener: _Listener | None = None  # signals belong to the process, so there is
 def listen(recipe: Recipe, cluster: Cluster) -> None:
     """Take SIGTERM and SIGUSR1 from now on. Main thread only."""
     global _listener
-    _listener = listener = _Listener(recipe.run_folder, cluster.rank, recipe.checkpoint.grace_seconds, time.time())
+    folder = recipe.run_folder
+    _listener = listener = _Listener(folder, cluster.rank, recipe.checkpoint.grace_seconds, marker(folder))
 
     def handle(number: int, _: FrameType | None) -> None:
         listener.note(signal.Signals(number).name)
@@ -98,7 +107,11 @@ def agreed(device: str) -> bool:
 
 def left_for_requeue() -> bool:
     """Whether a rank of this very run has left REQUEUE; then the others fail only because it has gone."""
-    return _listener is not None and marker_since(_listener.folder, _listener.started)
+    if _listener is None or failure(_listener.folder):
+        return False
+    left = marker(_listener.folder)
+    # Before training there is no generation yet, so the marker must also be another than the one this run began with.
+    return left is not None and left != _listener.found and left.get("generation") == lease.generation()
 
 
 def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket) -> None:
@@ -111,39 +124,72 @@ def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket
         except TimeoutError:
             pass
         if listener.name and listener.phase == "preparing":
-            _end_preparing(listener)
-        if time.monotonic() > listener.deadline and listener.phase != "over":
-            with contextlib.suppress(LeaseLost, OSError):
-                _end_unsaved(listener)
+            with contextlib.suppress(OSError):  # the folder is full or read-only; the signal counts all the same
+                _end_preparing(listener)
             os._exit(EXIT_REQUEUE)
+        if time.monotonic() > listener.deadline and listener.phase != "over":
+            code = EXIT_FAILED
+            with contextlib.suppress(OSError, LeaseLost):
+                code = _end_unsaved(listener)
+            os._exit(code)
 
 
 def _end_preparing(listener: _Listener) -> None:
     folder = listener.folder
+    if listener.rank != 0 or lease.is_owned(folder):  # by another job: this process would have been refused
+        return
     # Not into a folder that is no run: this process may end before it would have refused it.
-    if listener.rank == 0 and (not folder.exists() or (folder / "recipe.yaml").exists() or not any(folder.iterdir())):
-        leave_marker(folder, 0, listener.name)
+    if not folder.exists() or (folder / "recipe.yaml").exists() or not any(folder.iterdir()):
+        leave_marker(folder, _saved_step(folder), listener.name, saved=not _found_unsaved(listener))
         _say(f"{listener.name} came before training; {folder / REQUEUE} asks to start again")
-    os._exit(EXIT_REQUEUE)
 
 
-def _end_unsaved(listener: _Listener) -> None:
-    """The grace period is nearly over. What is on disk must do."""
-    from fullft.checkpoint import newest
+def _end_unsaved(listener: _Listener) -> int:
+    """The grace period is nearly over. What is on disk must do; returns the exit code.
 
+    REQUEUE is left, unless a rank has said that it failed, or another start would get no further than this one: there
+    is no checkpoint though it trained, or the run before ended here too and nothing was saved since. Then the state is
+    failed.
+
+    Raises:
+        LeaseLost: another job owns the folder; nothing was written.
+    """
     folder = listener.folder
-    if not left_for_requeue():
-        saved = newest(folder / "checkpoints")
-        what = f"checkpoint.grace_seconds ({listener.grace_seconds:g} s) ran out on rank {listener.rank} before the "
-        what += f"checkpoint after {listener.name} was whole"
-        if saved or listener.phase == "loading":
-            step = int(saved.name.removeprefix("step-")) if saved else 0
-            leave_marker(folder, step, listener.name)
-            set_state(folder, "requeue", step=step, signal=listener.name, reason=what)
-            _say(f"{what}; the next start goes on from {saved or 'the base model'}")
-        else:
-            set_state(folder, "failed", reason=f"{what}, and there is none before it")
-            _say(f"{what}, and there is none before it: lower checkpoint.every_steps, or ask for more time")
+    lease.check()
+    if left_for_requeue():
+        return EXIT_REQUEUE
+    step = _saved_step(folder)
+    reason = f"checkpoint.grace_seconds ({listener.grace_seconds:g} s) ran out on rank {listener.rank} before the "
+    reason += f"checkpoint after {listener.name} was whole"
+    if failed := failure(folder):
+        reason = f"{failed}; rank {listener.rank} hung till {listener.name}"
+    elif not step and listener.phase != "loading":
+        reason += ", and there is none before it: lower checkpoint.every_steps, or ask for more time"
+    elif listener.found and _found_unsaved(listener) and step <= listener.found["step"]:
+        reason += (
+            f". The run before ended in the same way, and nothing was saved since (step {step}): is a rank killed?"
+        )
+    else:
+        leave_marker(folder, step, listener.name, saved=False)
+        set_state(folder, "requeue", step=step, signal=listener.name, reason=reason)
+        _say(f"{reason}; the next start goes on from {f'step {step}' if step else 'the base model'}")
+        return EXIT_REQUEUE
+    _say(reason)
+    remove_marker(folder)
+    if status(folder) == "running":  # else it says already how this run ended
+        set_state(folder, "failed", reason=reason)
+    return EXIT_FAILED
+
+
+def _found_unsaved(listener: _Listener) -> bool:
+    return listener.found is not None and not listener.found.get("saved", True)
+
+
+def _saved_step(folder: Path) -> int:
+    """Of the newest whole checkpoint, 0 without one. fullft.checkpoint knows too, but takes seconds to import."""
+    manifests = (folder / "checkpoints").glob("step-*/MANIFEST.json")
+    names = [re.fullmatch(r"step-(\d+)", manifest.parent.name) for manifest in manifests]
+    return max((int(name[1]) for name in names if name), default=0)
 
 
 def _say(text: str) -> None:

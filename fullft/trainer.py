@@ -131,6 +131,7 @@ def set_up(
     if cluster.is_main:
         _own_run_folder(recipe, cluster, inputs)
         print(f"loading {recipe.model.path}", flush=True)
+    lease.tell_ranks(recipe.run_folder)
     watchdog.start(recipe.run_folder, recipe.train.hang_timeout)
     torch.manual_seed(recipe.train.seed)
     resumes = [checkpoint.newest(recipe.run_folder / "checkpoints") is not None]
@@ -265,7 +266,7 @@ def require_progress(recipe: Recipe, cluster: Cluster, tracker: Tracker, saver: 
 def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None, step: int) -> NoReturn:
     """The end that a signal asked for: everything up to `step` is saved. All ranks together."""
     if cluster.is_main:
-        leave_marker(recipe.run_folder, step, signals.name())
+        leave_marker(recipe.run_folder, step, signals.name(), saved=True)
         set_state(recipe.run_folder, "requeue", step=step, signal=signals.name())
         print(f"{signals.name()}: saved up to step {step}; the same command goes on from there", flush=True)
     if tracker:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from fullft.errors import EXIT_FAILED
-from fullft.state import set_state
+from fullft.state import leave_failure, set_state
 
 
 class Mark(NamedTuple):
@@ -37,7 +37,9 @@ class Mark(NamedTuple):
     time: float  # time.monotonic()
 
 
+_LAST_RESORT_SECONDS = 60
 _mark = Mark(0, 0, "start", time.monotonic())
+_looks = 0  # how often the watching thread has looked
 
 
 def mark(phase: str, step: int | None = None) -> None:
@@ -59,33 +61,54 @@ def start(run_folder: Path, timeout: float) -> None:
     hosts, folder = [host for host, _ in told], run_folder / "hang" / told[0][1]
     arguments = (run_folder, folder, dist.get_rank(), hosts, timeout)
     threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
+    threading.Thread(target=_watch_the_watch, args=(timeout,), name="watchdog of the watchdog", daemon=True).start()
 
 
 def _watch(run_folder: Path, folder: Path, rank: int, hosts: list[str], timeout: float) -> None:
+    global _looks
     pause = min(5.0, timeout / 10)
     seen, idle = _mark, 0.0
     while idle < timeout and not folder.exists():
-        # If even this thread gets no further (the file system is gone, C code holds the interpreter), the last resort
-        # is one in C: it writes the stacks to stderr and exits.
-        faulthandler.dump_traceback_later(timeout + 60, exit=True)
+        _looks += 1
         time.sleep(pause)
         # Not by the clock: a process that was stopped and goes on has not been idle.
         seen, idle = (seen, idle + pause) if _mark is seen else (_mark, 0.0)
+    # The run has failed. Should this thread get no further, one in C writes the stacks to stderr and exits.
     faulthandler.dump_traceback_later(2 * pause + 60, exit=True)
+    try:
+        _report(run_folder, folder, rank, hosts, timeout, pause)
+    except Exception as error:  # what has failed may be the disk
+        os.write(2, f"fullft: no progress for {timeout:g} s on rank {rank}; no report: {error}\n".encode())
+        faulthandler.dump_traceback(2, all_threads=True)
+    os._exit(EXIT_FAILED)
+
+
+def _watch_the_watch(timeout: float) -> None:
+    """Where the file system is gone, `_watch` gets no further. This thread touches no file but stderr."""
+    pause = min(5.0, timeout / 10)
+    seen, idle = _looks, 0.0
+    while idle < timeout + _LAST_RESORT_SECONDS:
+        time.sleep(pause)  # nor does it go by the clock
+        seen, idle = (seen, idle + pause) if _looks == seen else (_looks, 0.0)
+    os.write(2, f"fullft: cannot look at the run folder for {idle:g} s; the stacks of this rank:\n".encode())
+    faulthandler.dump_traceback(2, all_threads=True)
+    os._exit(EXIT_FAILED)
+
+
+def _report(run_folder: Path, folder: Path, rank: int, hosts: list[str], timeout: float, pause: float) -> None:
     _write_report(folder, rank, hosts[rank])
     time.sleep(2 * pause + 3)  # all ranks look once in `pause` seconds
-
     reports = _read_reports(folder)
     summary = folder / "summary.txt"
     if rank == min(reports):
         text = f"no progress for {timeout:g} s (train.hang_timeout)\n{compare(reports, hosts)}stacks: {folder}\n"
-        summary.write_text(text)
-        set_state(run_folder, "failed", reason=text)
         os.write(2, f"fullft: {text}".encode())
+        leave_failure(run_folder, rank, text)  # for a frozen rank that wakes by the launcher's signal
+        set_state(run_folder, "failed", reason=text)
+        summary.write_text(text)
     deadline = time.monotonic() + 10
     while not summary.exists() and time.monotonic() < deadline:  # the first to exit takes the others with it
         time.sleep(0.1)
-    os._exit(EXIT_FAILED)
 
 
 def _write_report(folder: Path, rank: int, host: str) -> None:

@@ -6,6 +6,7 @@ deepspeed launch/train.py --config launch/recipes/quickstart.yaml train.learning
 import argparse
 import contextlib
 import os
+import socket
 import sys
 import traceback
 
@@ -13,9 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from fullft import cluster, signals
-from fullft.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, BadInput, Preempted, TrainingStopped
+from fullft.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, BadInput, LeaseLost, Preempted, TrainingStopped
 from fullft.recipe import Recipe, load_recipe
-from fullft.state import remove_marker
+from fullft.state import leave_failure, remove_marker
 
 
 def main() -> int:
@@ -55,21 +56,31 @@ def main() -> int:
             push_to_hub(recipe.run_folder / "export", recipe.export.push_to_hub)
         return EXIT_DONE
     except BadInput as error:
+        tell_others(me, recipe, error)
         mark_failed(me, recipe)
         cluster.exit_bad_input(error, me)
     except Preempted:
         with contextlib.suppress(RuntimeError):  # a rank whose grace period was over has gone
             cluster.leave()  # the first rank to exit takes the others with it, so all must be ready
         return EXIT_REQUEUE
-    except TrainingStopped:  # on all ranks; said already, and in state.json
-        pass
-    except BaseException:
+    except TrainingStopped as error:  # on all ranks; said already, and in state.json
+        tell_others(me, recipe, error)
+    except BaseException as error:
         if signals.left_for_requeue():  # by a rank whose grace period was over; without it no collective ends
             return EXIT_REQUEUE
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()
+        tell_others(me, recipe, error)
         mark_failed(me, recipe)
     return EXIT_FAILED
+
+
+def tell_others(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseException) -> None:
+    """Why this rank ends: the others may hang without it, and must not take the launcher's signal for a preemption."""
+    if me is not None and recipe is not None:
+        reason = f"rank {me.rank} on {socket.gethostname()} failed: {type(error).__name__}: {error}"
+        with contextlib.suppress(OSError, LeaseLost):
+            leave_failure(recipe.run_folder, me.rank, reason)
 
 
 def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +15,19 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-# Takes the lease, says so or why not, then does what it is told, a line each.
+from fullft import lease
+
+# Takes the lease, says so or why not, then does what it is told, a line each. With a third argument it is another rank
+# of the job that has taken this generation.
 JOB = """
 import sys
 from pathlib import Path
-from fullft import lease
+from fullft import lease, state
 from fullft.errors import BadInput, LeaseLost
 folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
 try:
-    lease.take(folder, seconds)
-    print("taken", flush=True)
+    lease.know(folder, int(sys.argv[3])) if sys.argv[3:] else lease.take(folder, seconds)
+    print("knows" if sys.argv[3:] else "taken", flush=True)
 except BadInput as error:
     print(error, flush=True)
     sys.exit(2)
@@ -36,8 +41,8 @@ for line in sys.stdin:
 
 
 class Job:
-    def __init__(self, folder: Path, seconds: float) -> None:
-        command = [sys.executable, "-c", JOB, str(folder), str(seconds)]
+    def __init__(self, folder: Path, seconds: float, *generation: str) -> None:
+        command = [sys.executable, "-c", JOB, str(folder), str(seconds), *generation]
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -63,8 +68,8 @@ def jobs() -> Iterator[list[Job]]:
         job.process.wait()
 
 
-def start(jobs: list[Job], folder: Path, seconds: float) -> Job:
-    jobs.append(Job(folder, seconds))
+def start(jobs: list[Job], folder: Path, seconds: float, *generation: str) -> Job:
+    jobs.append(Job(folder, seconds, *generation))
     return jobs[-1]
 
 
@@ -118,3 +123,54 @@ def test_the_owners_own_lease_seconds_count(tmp_path: Path, jobs: list[Job]) -> 
     impatient = start(jobs, tmp_path, 1)
     assert "waiting up to" in impatient.line()
     assert "another process is training" in impatient.line()
+
+
+def test_another_rank_of_an_older_generation_cannot_write_either(tmp_path: Path, jobs: list[Job]) -> None:
+    first = start(jobs, tmp_path, 600)
+    assert first.line() == "taken"
+    other = start(jobs, tmp_path, 600, "1")
+    assert other.line() == "knows"
+    assert other.do("state.set_state(folder, 'failed', reason='grace')") == "did"  # any rank of the owner may
+    assert other.do("state.leave_failure(folder, 1, 'out of memory')") == "did"
+    assert first.do("1 / (state.failure(folder) == 'out of memory')") == "did"
+    first.process.kill()
+    newer = start(jobs, tmp_path, 600)  # and is not kept from it by the other rank, which owns nothing
+    assert newer.line() == "taken"
+    assert newer.do("state.set_state(folder, 'running')") == "did"
+    assert newer.do("state.failure(folder) and 1 / 0") == "did"
+    for write in (
+        "state.set_state(folder, 'requeue')", "state.leave_marker(folder, 5, 'SIGTERM', saved=False)",
+        "state.leave_failure(folder, 1, 'hang')", "state.remove_marker(folder)",
+    ):  # fmt: skip
+        assert other.do(write) == "LeaseLost"
+    assert json.loads((tmp_path / "state.json").read_text())["status"] == "running"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lease", "state.json"]
+    assert sorted(path.name for path in (tmp_path / "lease").iterdir()) == ["generation-00000002"]
+    shutil.rmtree(tmp_path / "lease")  # once lost, lost for ever
+    assert other.do("state.set_state(folder, 'requeue')") == "LeaseLost"
+
+
+def test_leases_that_cannot_be_read_are_not_lost(tmp_path: Path, jobs: list[Job]) -> None:
+    owner = start(jobs, tmp_path, 600)
+    assert owner.line() == "taken"
+    (tmp_path / "lease").rename(tmp_path / "away")
+    assert owner.do("lease.check()") == "FileNotFoundError"
+    (tmp_path / "lease").mkdir()
+    assert owner.do("lease.check()") == "OSError"
+    (tmp_path / "lease").rmdir()
+    (tmp_path / "away").rename(tmp_path / "lease")
+    assert owner.do("lease.write(folder / 'state.json', 'mine')") == "did"
+
+
+def test_who_comes_before_training_sees_whether_another_job_owns_the_folder(tmp_path: Path, jobs: list[Job]) -> None:
+    assert not lease.is_owned(tmp_path)
+    owner = start(jobs, tmp_path, 600)
+    assert owner.line() == "taken"
+    assert lease.is_owned(tmp_path)
+    owner.process.kill()
+    owner.process.wait()
+    assert not lease.is_owned(tmp_path)
+    released = start(jobs, tmp_path, 600)
+    assert released.line() == "taken"
+    assert released.do("lease.release()") == "did"
+    assert not lease.is_owned(tmp_path)

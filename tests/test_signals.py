@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import signal
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from ranks import Ranks, wait_for
 
 pytestmark = pytest.mark.ranks
 
-REQUEUE = 85
+FAILED, REQUEUE = 1, 85
 STEPS, EVALUATED, SAVED = 12, [0, 4, 8, 12], 5
 
 
@@ -141,7 +142,8 @@ def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: 
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGUSR1)
         assert ranks.codes(20) == [REQUEUE, REQUEUE], ranks.output
-    assert read(preempted, "REQUEUE") | {"time": 0} == {"step": 0, "signal": "SIGUSR1", "time": 0}
+    marker = read(preempted, "REQUEUE")
+    assert (marker["step"], marker["signal"], marker["saved"]) == (0, "SIGUSR1", True)
     with Ranks(preempted) as ranks:
         ranks.wait_until(lambda: "loading " in ranks.logs[0].read_text(), "loading")
         ranks.send(signal.SIGTERM, 1)
@@ -193,6 +195,7 @@ def test_a_grace_period_too_short_leaves_the_checkpoint_before(
     saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
     ranks, codes = stuck(preempted, saved.exists)
     assert codes == [REQUEUE, REQUEUE], ranks.output
+    assert not read(preempted, "REQUEUE")["saved"]
     assert "checkpoint.grace_seconds (5 s) ran out on rank 0" in ranks.output
     assert read(preempted, "REQUEUE")["step"] == read(preempted, "state.json")["step"] == SAVED
     assert read(preempted, "state.json")["status"] == "requeue"
@@ -204,8 +207,66 @@ def test_a_grace_period_too_short_for_the_first_checkpoint(preempted: dict[str, 
     preempted["train"] = preempted["train"] | {"steps": 1000}
     file = Path(preempted["run_dir"]) / "metrics.jsonl"
     ranks, codes = stuck(preempted, lambda: file.exists() and len(metrics(preempted)) > 2)
-    assert codes[0] == REQUEUE, ranks.output
+    assert codes[0] == FAILED, ranks.output
     assert not (Path(preempted["run_dir"]) / "REQUEUE").exists()  # started again, it would be as far at the next signal
     state = read(preempted, "state.json")
     assert state["status"] == "failed"
     assert "there is none before it" in state["reason"]
+
+
+# SIGUSR2 makes rank 1 fail, and rank 0 hang in Python, where it does not see that rank 1 has gone, as in a collective
+# of NCCL.
+HANG_OR_FAIL = """
+import os, signal, time
+
+def handle(*_):
+    while os.environ["RANK"] == "0":
+        time.sleep(0.1)
+    raise MemoryError("CUDA out of memory")
+
+if "RANK" in os.environ:
+    signal.signal(signal.SIGUSR2, handle)
+"""
+
+
+@pytest.fixture
+def hanging(preempted: dict[str, Any], tmp_path: Path) -> dict[str, str]:
+    """The environment of ranks that hang or fail by SIGUSR2."""
+    preempted["checkpoint"] = preempted["checkpoint"] | {"grace_seconds": 5}
+    preempted["train"] = preempted["train"] | {"steps": 1000}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(HANG_OR_FAIL)
+    return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+
+
+def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: dict[str, str]) -> None:
+    """Though the launcher's SIGTERM to the others looks like a preemption, and there is a checkpoint."""
+    saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
+    with Ranks(preempted, 2, **hanging) as ranks:
+        ranks.wait_until(saved.exists, "a checkpoint")
+        ranks.send(signal.SIGUSR2)
+        assert ranks.processes[1].wait(60) == FAILED, ranks.output
+        ranks.send(signal.SIGTERM, 0)
+        assert ranks.processes[0].wait(60) == FAILED, ranks.output
+        assert not (ranks.folder / "REQUEUE").exists()
+    state = read(preempted, "state.json")
+    assert state["status"] == "failed"
+    assert "rank 1 on " in state["reason"]
+    assert "MemoryError: CUDA out of memory" in state["reason"]
+
+
+def test_a_rank_that_is_killed_again_and_again_is_started_again_once(
+    preempted: dict[str, Any], hanging: dict[str, str]
+) -> None:
+    """It could say nothing, so the first time it may have been a preemption."""
+    folder = Path(preempted["run_dir"])
+    for code in (REQUEUE, FAILED):
+        (folder / "env.json").unlink(missing_ok=True)
+        with Ranks(preempted, 2, **hanging) as ranks:
+            ranks.wait_until((folder / "env.json").exists, "loading")
+            ranks.send(signal.SIGUSR2, 0)
+            ranks.send(signal.SIGKILL, 1)
+            ranks.send(signal.SIGTERM, 0)
+            assert ranks.processes[0].wait(60) == code, ranks.output
+        assert (folder / "REQUEUE").exists() == (code == REQUEUE)
+    assert "The run before ended in the same way" in read(preempted, "state.json")["reason"]

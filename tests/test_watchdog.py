@@ -6,6 +6,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +122,47 @@ def test_a_rank_that_hangs_in_python_is_told_from_those_which_wait_for_it(
     stacks = {file.name: file.read_text() for file in (ranks.folder / "hang").glob("*/rank-*.txt")}
     assert "endless" in stacks["rank-00001.txt"]
     assert "endless" not in stacks["rank-00000.txt"]
+
+
+# One rank that trains, with an impatient watchdog. A line of input makes looking at the run folder take for ever.
+WATCHED = """
+import sys, threading, time
+from pathlib import Path
+import torch.distributed as dist
+from fullft import watchdog
+folder, ask = Path(sys.argv[1]), Path.exists
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+watchdog._LAST_RESORT_SECONDS = 1
+watchdog.start(folder, 2)
+gone = threading.Event()
+Path.exists = lambda path: time.sleep(1000) if gone.is_set() else ask(path)
+threading.Thread(target=lambda: (sys.stdin.readline(), gone.set()), daemon=True).start()
+print("trains", flush=True)
+while True:
+    watchdog.mark("data", 1)
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.ranks
+def test_a_suspended_run_goes_on_and_one_without_a_file_system_ends(tmp_path: Path) -> None:
+    """Slurm suspends jobs for hours, by SIGSTOP."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "trains\n"
+        time.sleep(1)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)  # twice as long as it takes to be given up
+        process.send_signal(signal.SIGCONT)
+        time.sleep(4)
+        assert process.poll() is None
+        _, stderr = process.communicate("gone\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "cannot look at the run folder" in stderr
+    assert "watchdog.py" in stderr  # the stacks
