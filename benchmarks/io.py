@@ -285,9 +285,9 @@ def export_fullft(model: Path, work: Path) -> dict[str, float]:
     from fullft.export import export
     from fullft.model import on_meta
 
-    engine, tokenizer = _engine(model, work, moments=False)
     recipe = _recipe(model, work)
     meta = on_meta(recipe.model)
+    engine, tokenizer = _engine(model, work, moments=False)
     with Meter() as meter:
         export(engine, meta, tokenizer, recipe, "bf16", "")
     return meter.result(shard_bytes=_shard_bytes(engine.module))
