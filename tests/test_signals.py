@@ -222,6 +222,8 @@ import os, signal, time
 def handle(*_):
     while os.environ["RANK"] == "0":
         time.sleep(0.1)
+    open(os.environ["FAILING"], "w").close()
+    time.sleep(3)
     raise MemoryError("CUDA out of memory")
 
 if "RANK" in os.environ:
@@ -236,7 +238,8 @@ def hanging(preempted: dict[str, Any], tmp_path: Path) -> dict[str, str]:
     preempted["train"] = preempted["train"] | {"steps": 1000}
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(HANG_OR_FAIL)
-    return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {"PYTHONPATH": path, "FAILING": str(tmp_path / "failing")}
 
 
 def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: dict[str, str]) -> None:
@@ -244,7 +247,9 @@ def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hang
     saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
     with Ranks(preempted, 2, **hanging) as ranks:
         ranks.wait_until(saved.exists, "a checkpoint")
-        ranks.send(signal.SIGUSR2)
+        ranks.send(signal.SIGUSR2, 1)
+        ranks.wait_until(Path(hanging["FAILING"]).exists, "rank 1 about to fail")  # not in a collective, where none can
+        ranks.send(signal.SIGUSR2, 0)
         assert ranks.processes[1].wait(60) == FAILED, ranks.output
         ranks.send(signal.SIGTERM, 0)
         assert ranks.processes[0].wait(60) == FAILED, ranks.output
