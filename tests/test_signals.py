@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import chats, losses, metrics, write_jsonl
 from ranks import Ranks, wait_for
+from test_lease import Job
 
 pytestmark = pytest.mark.ranks
 
@@ -275,3 +276,35 @@ def test_a_rank_that_is_killed_again_and_again_is_started_again_once(
             assert ranks.processes[0].wait(60) == code, ranks.output
         assert (folder / "REQUEUE").exists() == (code == REQUEUE)
     assert "The run before ended in the same way" in read(preempted, "state.json")["reason"]
+
+
+def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be_written(
+    preempted: dict[str, Any],
+) -> None:
+    folder = Path(preempted["run_dir"])
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("")
+    owner = Job(folder, 600)
+    try:
+        assert owner.line() == "taken"
+        with Ranks(preempted) as ranks:
+            ranks.wait_until_they_listen()
+            ranks.send(signal.SIGTERM)
+            assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+        assert not (folder / "REQUEUE").exists()
+    finally:
+        owner.process.kill()
+        owner.process.wait()
+    (folder / "REQUEUE").mkdir()  # so that writing it fails
+    with Ranks(preempted) as ranks:
+        ranks.wait_until_they_listen()
+        ranks.send(signal.SIGTERM)
+        assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+    (folder / "REQUEUE").rmdir()
+    (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000007" / "MANIFEST.json").write_text("{}")
+    with Ranks(preempted) as ranks:
+        ranks.wait_until_they_listen()
+        ranks.send(signal.SIGTERM)
+        assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+    assert read(preempted, "REQUEUE")["step"] == 7
