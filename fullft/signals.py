@@ -35,7 +35,7 @@ from typing import Any, Literal
 
 from fullft import lease
 from fullft.cluster import Cluster, sum_over_ranks
-from fullft.errors import EXIT_FAILED, EXIT_REQUEUE, LeaseLost
+from fullft.errors import EXIT_FAILED, EXIT_REQUEUE
 from fullft.recipe import Recipe
 from fullft.state import REQUEUE, failure, leave_marker, marker, remove_marker, set_state, status
 
@@ -124,12 +124,12 @@ def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket
         except TimeoutError:
             pass
         if listener.name and listener.phase == "preparing":
-            with contextlib.suppress(OSError):  # the folder is full or read-only; the signal counts all the same
+            with contextlib.suppress(Exception):  # the folder is full or read-only; the signal counts all the same
                 _end_preparing(listener)
             os._exit(EXIT_REQUEUE)
         if time.monotonic() > listener.deadline and listener.phase != "over":
             code = EXIT_FAILED
-            with contextlib.suppress(OSError, LeaseLost):
+            with contextlib.suppress(Exception):  # as above, or LeaseLost
                 code = _end_unsaved(listener)
             os._exit(code)
 
@@ -176,7 +176,7 @@ def _end_unsaved(listener: _Listener) -> int:
         return EXIT_REQUEUE
     _say(reason)
     remove_marker(folder)
-    if status(folder) == "running":  # else it says already how this run ended
+    if status(folder) in ("running", "requeue"):  # else it says already how this run failed
         set_state(folder, "failed", reason=reason)
     return EXIT_FAILED
 

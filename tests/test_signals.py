@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import chats, losses, metrics, write_jsonl
 from ranks import Ranks, wait_for
+from test_lease import Job
 
 pytestmark = pytest.mark.ranks
 
@@ -121,7 +122,9 @@ def test_a_signal_while_saving(measured: dict[str, Any], preempted: dict[str, An
     with Ranks(preempted) as ranks:
         ranks.wait_until(lambda: any(checkpoints.glob("step-*.tmp")), "a checkpoint")
         ranks.send(signal.SIGTERM, 0)
-        assert_left_for_requeue(ranks, SAVED)  # no step after it
+        assert_left_for_requeue(ranks)
+    # It is written in the background, so a step may be running, which is then saved too.
+    assert read(preempted, "REQUEUE")["step"] in (SAVED, SAVED + 1)
     assert_ends_as(preempted, measured)
 
 
@@ -222,6 +225,8 @@ import os, signal, time
 def handle(*_):
     while os.environ["RANK"] == "0":
         time.sleep(0.1)
+    open(os.environ["FAILING"], "w").close()
+    time.sleep(3)
     raise MemoryError("CUDA out of memory")
 
 if "RANK" in os.environ:
@@ -236,7 +241,8 @@ def hanging(preempted: dict[str, Any], tmp_path: Path) -> dict[str, str]:
     preempted["train"] = preempted["train"] | {"steps": 1000}
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(HANG_OR_FAIL)
-    return {"PYTHONPATH": f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    return {"PYTHONPATH": path, "FAILING": str(tmp_path / "failing")}
 
 
 def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: dict[str, str]) -> None:
@@ -244,7 +250,9 @@ def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hang
     saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
     with Ranks(preempted, 2, **hanging) as ranks:
         ranks.wait_until(saved.exists, "a checkpoint")
-        ranks.send(signal.SIGUSR2)
+        ranks.send(signal.SIGUSR2, 1)
+        ranks.wait_until(Path(hanging["FAILING"]).exists, "rank 1 about to fail")  # not in a collective, where none can
+        ranks.send(signal.SIGUSR2, 0)
         assert ranks.processes[1].wait(60) == FAILED, ranks.output
         ranks.send(signal.SIGTERM, 0)
         assert ranks.processes[0].wait(60) == FAILED, ranks.output
@@ -270,3 +278,35 @@ def test_a_rank_that_is_killed_again_and_again_is_started_again_once(
             assert ranks.processes[0].wait(60) == code, ranks.output
         assert (folder / "REQUEUE").exists() == (code == REQUEUE)
     assert "The run before ended in the same way" in read(preempted, "state.json")["reason"]
+
+
+def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be_written(
+    preempted: dict[str, Any],
+) -> None:
+    folder = Path(preempted["run_dir"])
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("")
+    owner = Job(folder, 600)
+    try:
+        assert owner.line() == "taken"
+        with Ranks(preempted) as ranks:
+            ranks.wait_until_they_listen()
+            ranks.send(signal.SIGTERM)
+            assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+        assert not (folder / "REQUEUE").exists()
+    finally:
+        owner.process.kill()
+        owner.process.wait()
+    (folder / "REQUEUE").mkdir()  # so that writing it fails
+    with Ranks(preempted) as ranks:
+        ranks.wait_until_they_listen()
+        ranks.send(signal.SIGTERM)
+        assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+    (folder / "REQUEUE").rmdir()
+    (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000007" / "MANIFEST.json").write_text("{}")
+    with Ranks(preempted) as ranks:
+        ranks.wait_until_they_listen()
+        ranks.send(signal.SIGTERM)
+        assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
+    assert read(preempted, "REQUEUE")["step"] == 7
