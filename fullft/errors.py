@@ -17,6 +17,10 @@ class BadInput(Exception):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[BadInput], tuple[list[str]]]:
+        """From a worker process too it comes with its list."""
+        return type(self), (self.problems,)
+
     def report(self, consequence: str = "training was not started") -> str:
         """All problems, one a line, under a count."""
         count = len(self.problems)

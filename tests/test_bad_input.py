@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -650,6 +651,10 @@ def test_problems_of_every_kind_are_told_at_once(recipe: dict[str, Any], tmp_pat
 
 
 # The program
+
+
+def test_problems_from_a_worker_process_are_still_several() -> None:
+    assert pickle.loads(pickle.dumps(BadInput(["one", "two"]))).problems == ["one", "two"]
 
 
 def test_bad_input_ends_a_plain_process_with_code_2_and_every_problem_once(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import os
@@ -657,6 +658,18 @@ def test_a_damaged_json_file_is_told(
         items_of(tmp_path / "a.json", text)
 
 
+@pytest.mark.parametrize("block", [3, 64, 1000])
+def test_the_place_of_damage_in_a_json_file_is_that_in_the_file(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_BLOCK", block)
+    good = "".join('{"text": "é"},\n' for _ in range(50))
+    where = rf"item 51, which begins at byte {len(('[' + good).encode()):,}: "
+    for bad in ('{"a" 1}', "nothing", '{"a": "\x01"}', '{"a": tru', '{"a": ' + "[" * 100_000):
+        with pytest.raises(BadInput, match=where):
+            items_of(tmp_path / "a.json", f"[{good}{bad}")
+
+
 @pytest.mark.parametrize("damage", ["in a row", "between rows", "one object a line", "one object", "none"])
 def test_no_more_than_a_part_of_a_json_file_is_in_memory(damage: str, tmp_path: Path) -> None:
     """Also when it is damaged at its start: who is told so must not run out of memory before."""
@@ -907,6 +920,65 @@ def test_no_more_than_a_part_of_a_row_group_is_in_memory(tmp_path: Path) -> None
         assert pyarrow.total_allocated_bytes() - before < 20_000_000  # of 40 MB
 
 
+def write_columns(file: Path, **columns: Any) -> Source:
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    return source(path=str(file))
+
+
+def texts_not_utf8() -> Any:
+    """a, a byte that is no text, c."""
+    offsets = pyarrow.array([0, 1, 2, 3], pyarrow.int32()).buffers()[1]
+    return pyarrow.StringArray.from_buffers(3, offsets, pyarrow.py_buffer(b"a\xffc"))
+
+
+@pytest.mark.parametrize(
+    "unused", [pyarrow.array([1, 1 << 60, 2], pyarrow.timestamp("us")), texts_not_utf8()], ids=["far date", "no text"]
+)
+def test_a_column_that_nobody_asked_for_is_not_read(unused: Any, tmp_path: Path) -> None:
+    given = write_columns(tmp_path / "a.parquet", text=["a", "b", "c"], note=unused)
+    for found in (list(read_rows(given)), in_pieces(given)):
+        assert [parse_row(row.value or {}, given) for row in found] == [Text("a"), Text("b"), Text("c")]
+    with pytest.raises(BadRow, match="'text', 'note'"):  # its name is still told
+        parse_row(next(read_rows(given)).value or {}, source(path="x", format="messages"))
+
+
+@pytest.mark.parametrize("kind", ["auto", "text", "messages", "tokens", "alpaca"])
+def test_every_column_that_a_row_may_use_is_read(kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    shape = ONE_OF_EACH["text" if kind == "auto" else kind]
+    given = source(path=str(write_parquet(tmp_path / "a.parquet", [shape])), format=kind)
+    (row,) = read_rows(given)
+    assert texts(row.value or {}, tokenizer, format=kind) == texts(shape, tokenizer, format=kind)
+
+
+@pytest.mark.parametrize("how", ["by its name", "mapped"])
+def test_a_value_that_cannot_be_read_is_a_bad_row(how: str, tmp_path: Path) -> None:
+    name = "text" if how == "by its name" else "body"
+    for column in (texts_not_utf8(), pyarrow.array([1, 1 << 60, 2], pyarrow.timestamp("us"))):
+        given = write_columns(tmp_path / "a.parquet", **{name: column})
+        given = given.model_copy(update={"fields": {} if name == "text" else {"text": name}})
+        first, second, third = read_rows(given)
+        assert (second.number, second.value) == (2, None)
+        assert "cannot be read" in second.problem
+        assert [isinstance((one.value or {})[name], str | datetime.datetime) for one in (first, third)] == [True, True]
+
+
+def test_a_text_that_stands_once_in_a_dictionary_is_not_decoded_for_all_rows(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    given = write_columns(tmp_path / "a.parquet", text=pyarrow.array([long] * 2000).dictionary_encode())
+    plain = write_columns(tmp_path / "b.parquet", text=[long] * 2000)
+    assert (tmp_path / "b.parquet").stat().st_size < 1_000_000
+    for one in (given, plain):
+        before = pyarrow.total_allocated_bytes()
+        tracemalloc.start()
+        for at, row in enumerate(read_rows(one)):
+            assert (row.value or {})["text"] == long
+            assert pyarrow.total_allocated_bytes() - before < 20_000_000  # of 400 MB
+            if at == 100:
+                break
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        tracemalloc.stop()
+
+
 def test_rows_of_several_shapes_in_one_parquet_file(tmp_path: Path, with_tools: PreTrainedTokenizerBase) -> None:
     call = CALL_SHAPES["arguments as JSON text"] | {"tools": json.dumps(TOOLS)}
     shapes = [ONE_OF_EACH["text"], ONE_OF_EACH["alpaca"], call, ONE_OF_EACH["tokens"], ONE_OF_EACH["sharegpt"]]
@@ -1039,3 +1111,73 @@ def test_no_file_of_a_folder_is_left_out_without_a_word(
     except BadInput:
         return  # told, so nothing is lost
     assert sorted(row["text"] for row in found if row) == sorted(names)
+
+
+# Which files a source has
+
+
+def test_hidden_files_of_a_folder_are_none_of_its_data(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    for name in ("._a.jsonl", ".cache/b.jsonl", "sub/.ipynb_checkpoints/a-checkpoint.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("not data")
+    assert source_files(source(path=str(tmp_path))) == [tmp_path / "a.jsonl"]
+
+
+@pytest.mark.parametrize("by", ["folder", "glob"])
+def test_endings_are_read_in_large_and_small_letters(by: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "1.JSONL", [{"text": "a"}])
+    write_jsonl(tmp_path / "2.ndjson", [{"text": "b"}])
+    (tmp_path / "3.Json").write_text('[{"text": "c"}]')
+    write_parquet(tmp_path / "4.PARQUET", [{"text": "d"}])
+    given = source(path=str(tmp_path / "*" if by == "glob" else tmp_path))
+    for found in (list(read_rows(given)), in_pieces(given)):
+        assert [(row.value or {})["text"] for row in found] == list("abcd")
+
+
+@pytest.mark.parametrize("name", ["b.CSV", "b.jsonl.xz", "b.json.bz2", "b.xlsx", "b.txt"])
+def test_what_may_be_data_and_cannot_be_read_is_told(name: str, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / name).write_text("x")
+    for path in (tmp_path, tmp_path / "*"):
+        with pytest.raises(BadInput, match=rf"{name}: unknown kind"):
+            source_files(source(path=str(path)))
+
+
+def test_no_file_is_read_twice(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "sub" / "a.jsonl", [{"text": "a"}])
+    assert source_files(source(path=str(tmp_path / "**" / "**" / "*.jsonl"))) == [file]
+    (tmp_path / "sub" / "b.jsonl").symlink_to(file)
+    for path in (tmp_path, tmp_path / "sub" / "*"):
+        with pytest.raises(BadInput, match=r"b\.jsonl is the same file as .*a\.jsonl"):
+            source_files(source(path=str(path)))
+
+
+def test_a_source_of_many_files_is_listed_once_and_in_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for at in range(2000):
+        (tmp_path / f"{at}.jsonl").write_text('{"text": "a"}')
+    given = source(path=str(tmp_path))
+    start = time.monotonic()
+    scans = [scan_file(file) for file in source_files(given)]
+    cut = pieces(given, scans)
+    monkeypatch.setattr(sources, "source_files", lambda _: pytest.fail("listed anew"))
+    assert sum(1 for piece in cut for _ in read_piece(given, piece)) == 2000
+    assert time.monotonic() - start < 5
+
+
+def test_a_piece_is_of_its_file_whatever_comes_into_the_folder(tmp_path: Path) -> None:
+    for name in "bc":
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
+    given = source(path=str(tmp_path))
+    cut = pieces(given, [scan_file(file) for file in source_files(given)])
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    assert [row.value for piece in cut for row in read_piece(given, piece)] == [{"text": "b"}, {"text": "c"}]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "7", '{"FILE": 1}', '{"FILE": {}}', '{"FILE": {"settled": true}}', "["]
+)
+def test_damaged_memory_of_files_is_not_trusted(content: str, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    (tmp_path / "files.json").write_text(content.replace("FILE", str(file)))
+    assert cache.scans_of(source(path=str(file)), tmp_path) == [scan_file(file)]

@@ -466,6 +466,30 @@ def test_an_evaluation_file_that_is_not_there_is_told_and_not_left_out(opened: O
     assert opened(TRAINED).rows
 
 
+@pytest.mark.parametrize("changed", ["train", "validation"])
+def test_files_that_change_while_they_are_compared_are_told_and_nothing_is_remembered(
+    changed: str, opened: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = opened(TRAINED, EVALUATED, on_leak="drop").rows
+    for file in [*tmp_path.rglob("leaks-*"), *tmp_path.rglob("evaluation-*")]:
+        file.unlink()
+    read = leaks.read_piece if changed == "train" else leaks.read_rows
+    file = tmp_path / f"{changed}.jsonl"
+    content = file.read_bytes()
+
+    def changing(*arguments: Any) -> Any:
+        file.write_bytes(b"".join(reversed(content.splitlines(keepends=True))))
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leaks, read.__name__, changing)
+        with pytest.raises(BadInput, match=f"data set {changed}: its files changed"):
+            opened(TRAINED, EVALUATED, on_leak="drop")
+    assert not list(tmp_path.rglob("leaks-*.json" if changed == "train" else "evaluation-*.npz"))
+    file.write_bytes(content)
+    assert opened(TRAINED, EVALUATED, on_leak="drop").rows == before
+
+
 def test_a_damaged_index_is_made_anew(opened: Open, tmp_path: Path) -> None:
     evaluated = [chat(numbered(0, 21), "b")]
     before = opened(TRAINED, evaluated).warnings

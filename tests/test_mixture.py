@@ -250,6 +250,33 @@ def test_caps_that_leave_too_little_are_refused_with_numbers(positions: int) -> 
     )
 
 
+@pytest.mark.parametrize("seed", range(200))
+def test_no_cap_is_exceeded_and_no_sequence_of_a_plain_set_is_lost(seed: int) -> None:
+    """To the sequence, also when the last step is filled up to a whole one."""
+    draw = random.Random(seed)
+    sets: list[tuple[int, dict[str, Any]]] = [(draw.randint(1, 2000), {}) for _ in range(draw.randint(1, 4))]
+    weighted = {"weight": draw.choice([0.3, 2.5]), "max_epochs": draw.choice([0.7, 1, 1.3])}
+    replayed = {"fraction": draw.choice([0.1, 0.3, 0.5]), "max_epochs": draw.choice([0.55, 1, 2, 4])}
+    sets += [(draw.randint(2, 2000), replayed), *([(draw.randint(2, 2000), weighted)] * draw.randint(0, 1))]
+    epochs, size = draw.choice([1, 1, 3]), draw.choice([1, 8, 64])
+    for positions in (None, -(-mixed(*sets, epochs=epochs).total // size) * size):
+        mixture = mixed(*sets, epochs=epochs, positions=positions)
+        assert positions is None or mixture.total == positions
+        found = Counter(which for which, _ in stream(mixture, mixture.total))
+        for at, (count, settings) in enumerate(sets):
+            if cap := settings.get("max_epochs"):
+                assert found[at] <= cap * count
+            elif positions is None:
+                assert found[at] == epochs * count
+            else:
+                assert found[at] >= epochs * count
+
+
+def test_a_cap_below_one_sequence_of_the_only_set_is_refused() -> None:
+    with pytest.raises(BadInput, match="not one whole sequence"):
+        mixed((1, {"max_epochs": 0.5}))
+
+
 # What a recipe may say
 
 

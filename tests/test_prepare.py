@@ -153,6 +153,43 @@ def test_a_file_that_changes_while_it_is_prepared_is_told_and_never_taken_for_th
     assert fullft.complete() == whole
 
 
+def test_a_file_that_comes_or_goes_while_a_folder_is_prepared_is_told(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It shifts the numbers of the others, and their rows are not to be lost or taken from one another."""
+    folder = tmp_path / "folder"
+    for name, rows in (("b", chats(100)), ("c", chats(80))):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    recipe["data"]["train"] = str(folder)
+    other = Fullft(recipe, tmp_path)
+    new = folder / "a.jsonl"
+    for change in (lambda: write_jsonl(new, chats(30)), new.unlink, (folder / "c.jsonl").unlink):
+        process = other.start(pause=0.01)
+        wait_for(lambda: other.parts() >= 2)
+        change()
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2, err
+        assert "its files changed while they were prepared; start again" in err
+        assert "Traceback" not in err
+        assert not other.complete()
+    assert "100 rows, 100 documents" in other.run()[0]
+
+
+@pytest.mark.parametrize("content", ["\n\n", "[]"])
+def test_a_file_without_rows_among_others_is_told_each_time(
+    content: str, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    write_jsonl(folder / "b.jsonl", chats(10))
+    file = folder / ("a.json" if content == "[]" else "c.jsonl")
+    file.write_text(content)
+    recipe["data"]["train"] = str(folder)
+    other = Fullft(recipe, tmp_path)
+    for _ in range(2):
+        assert f"data file {file} has no rows" in other.run(code=2)[1]
+    recipe["data"]["train"] = {"path": str(folder), "limit": 10}  # the second is behind it
+    limited = Fullft(recipe, tmp_path)
+    assert limited.run(code=0 if file.name > "b" else 2)
+
+
 def test_a_killed_worker_is_told_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes]) -> None:
     _, err = fullft.run(kill_at=60, code=2)
     assert "a worker process was killed (out of memory?); start again" in err

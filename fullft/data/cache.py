@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from fullft.data.progress import progress
-from fullft.data.sources import Scan, file_names, hub_dataset, read_by_datasets, scan_file, source_files, stat_of
+from fullft.data.sources import (
+    Scan,
+    file_names,
+    hub_dataset,
+    kind_of,
+    read_by_datasets,
+    scan_file,
+    source_files,
+    stat_of,
+)
 from fullft.data.tokens import backend
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source
@@ -58,7 +67,7 @@ DOCUMENT = numpy.dtype(
 
 @dataclass(frozen=True)
 class TokenSet:
-    """A prepared data set. `documents`: [documents] `DOCUMENT`, memory-mapped."""
+    """A prepared data set. `documents`: [documents] `DOCUMENT`, memory-mapped; `scans`: of its files, as they were."""
 
     name: str
     source: Source
@@ -66,6 +75,7 @@ class TokenSet:
     summary: dict[str, Any]
     documents: NDArray[Any]
     files: list[str]
+    scans: list[Scan] = field(default_factory=list)
     _parts: dict[int, NDArray[numpy.int32]] = field(default_factory=dict, compare=False)
 
     @property
@@ -147,11 +157,11 @@ def _open_set(
     # An array of no documents cannot be mapped.
     mode: Any = "r" if summary["documents"] else None
     documents = numpy.load(folder / "documents.npy", mmap_mode=mode)
-    files = file_names(source)  # of today: the cache is found by contents, wherever they lie
+    files = file_names(source, scans)  # of today: the cache is found by contents, wherever they lie
     summary["first_bad_rows"] = [f"{files[file]} row {row}: {why}" for file, row, why in summary["first_bad_rows"]]
     for rows in summary["troubled_rows"].values():
         rows[:] = [f"{files[file]} row {row}" for file, row in rows]
-    return TokenSet(name, source, folder, summary, documents, files)
+    return TokenSet(name, source, folder, summary, documents, files, scans)
 
 
 def is_complete(folder: Path) -> bool:
@@ -184,7 +194,7 @@ def fingerprint(source: Source, scans: list[Scan], train_on: str, tokenizer: Pre
     parts: list[Any] = [_FORMAT, train_on, source.format, source.fields, source.limit, tokenizer.chat_template]
     parts += [backend(tokenizer).to_str(), tokenizer.special_tokens_map]
     parts += [source.subset, source.split] if read_by_datasets(source) else []  # another part of the same files
-    parts += [file.suffix for file in source_files(source)]  # it says how a file is read
+    parts += [kind_of(scan.file) for scan in scans]  # it says how a file is read
     parts += [scan.sha256 for scan in scans] or [hub_dataset(source)._fingerprint]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -194,27 +204,39 @@ def scans_of(source: Source, cache: Path) -> list[Scan]:
     files = source_files(source)
     memo = cache / "files.json"
     known = _known_scans(memo)
-    if not all(_is_known(file, known) for file in files):
-        with (
-            waiting(filelock.FileLock(cache / "files.lock"), "files are read by another process")
-            if os.access(cache, os.W_OK)
-            else nullcontext()
-        ):
-            known = _known_scans(memo)
-            unknown, started = [file for file in files if not _is_known(file, known)], time.time_ns()
-            for file, scan in zip(unknown, _scan_files(unknown), strict=True):
-                # A file written a moment ago may change again within the same tick of its clock.
-                settled = started - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
-                known[str(file.absolute())] = asdict(scan) | {"settled": settled, "format": _SCAN_FORMAT}
-            with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
-                partial = memo.with_suffix(".tmp")
-                partial.write_text(json.dumps(known))
-                partial.replace(memo)
-    found = (known[str(file.absolute())] for file in files)
+    try:
+        if not all(_is_known(file, known) for file in files):
+            with (
+                waiting(filelock.FileLock(cache / "files.lock"), "files are read by another process")
+                if os.access(cache, os.W_OK)
+                else nullcontext()
+            ):
+                known = _known_scans(memo)
+                known |= _new_scans([file for file in files if not _is_known(file, known)])
+                with suppress(OSError):  # only remembers; a cache that cannot be written can still be read
+                    partial = memo.with_suffix(".tmp")
+                    partial.write_text(json.dumps(known))
+                    partial.replace(memo)
+    except FileNotFoundError as error:
+        raise BadInput(f"data file {error.filename} was there a moment ago, and is not any more") from None
+    found = ((file, known[str(file.absolute())]) for file in files)
     return [
-        Scan(scan["sha256"], [(start, rows) for start, rows in scan["cuts"]], scan["rows"], scan["stat"])
-        for scan in found
+        Scan(file, scan["sha256"], [(start, rows) for start, rows in scan["cuts"]], scan["rows"], scan["stat"])
+        for file, scan in found
     ]
+
+
+def _new_scans(files: list[Path]) -> dict[str, Any]:
+    """What files.json remembers of the files."""
+    found, started = dict[str, Any](), time.time_ns()
+    for file, scan in zip(files, _scan_files(files), strict=True):
+        # A file written a moment ago may change again within the same tick of its clock.
+        settled = started - max(scan.stat[1:3]) > 2e9 and stat_of(file) == scan.stat
+        found[str(file.absolute())] = {
+            "sha256": scan.sha256, "cuts": scan.cuts, "rows": scan.rows, "stat": scan.stat, "settled": settled,
+            "format": _SCAN_FORMAT,
+        }  # fmt: skip
+    return found
 
 
 def _scan_files(files: list[Path]) -> list[Scan]:
@@ -239,15 +261,16 @@ def _scan_files(files: list[Path]) -> list[Scan]:
 
 def _is_known(file: Path, known: dict[str, Any]) -> bool:
     scan = known.get(str(file.absolute()), {})
-    return bool(scan.get("settled")) and scan.get("format") == _SCAN_FORMAT and scan["stat"] == stat_of(file)
+    return bool(scan.get("settled")) and scan.get("format") == _SCAN_FORMAT and scan.get("stat") == stat_of(file)
 
 
 def _known_scans(memo: Path) -> dict[str, Any]:
     try:
-        known: dict[str, Any] = json.loads(memo.read_text())
-        return known
-    except (OSError, ValueError):
+        known = json.loads(memo.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    scans = known.items() if isinstance(known, dict) else ()
+    return {file: scan for file, scan in scans if isinstance(scan, dict) and {"sha256", "cuts", "rows"} <= scan.keys()}
 
 
 def row_problems(found: TokenSet, data: Data) -> list[str]:

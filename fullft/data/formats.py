@@ -67,6 +67,14 @@ _FLAGS = ("weight", "loss_weight", "train", "training", "trainable")
 _IGNORED = -100
 
 
+def used_fields(source: Source) -> set[str]:
+    """Columns that `parse_row` may look at."""
+    kinds = _FIELDS if source.format == "auto" else [source.format]
+    return {
+        *(name for kind in kinds for name in _FIELDS[kind]), *_OPTIONAL, "history", *_MASKS, *source.fields.values()
+    }  # fmt: skip
+
+
 def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pretokenized:
     """One row as what is trained on.
 

@@ -10,9 +10,9 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from fullft.data.cache import TokenSet, scans_of, waiting
 from fullft.data.formats import BadRow, parse_row
 from fullft.data.prepare import run_pieces
 from fullft.data.quality import plain_text, text_key, words
-from fullft.data.sources import Piece, file_names, hub_dataset, pieces, read_piece, read_rows, source_files
+from fullft.data.sources import Piece, Scan, hub_dataset, kind_of, pieces, read_piece, read_rows, require_unchanged
+from fullft.errors import BadInput
 from fullft.recipe import Source
 
 WORDS = 13
@@ -67,23 +68,38 @@ def index(name: str, sources: Sequence[Source], cache: Path) -> Evaluated:
     """The rows of an evaluation set, from the cache. Rows that cannot be used are told where it is measured.
 
     Raises:
-        BadInput: a file of it cannot be read.
+        BadInput: a file of it cannot be read, or changed meanwhile.
     """
     contents: list[Any] = []
-    for source in sources:
-        contents += [source.model_dump(exclude={"path"}), [scan.sha256 for scan in scans_of(source, cache)]]
-        contents += [] if contents[-1] else [hub_dataset(source)._fingerprint]
-        contents += [file.suffix for file in source_files(source)]
+    scanned = [(source, scans_of(source, cache)) for source in sources]
+    for source, scans in scanned:
+        contents += [source.model_dump(exclude={"path"}), [scan.sha256 for scan in scans]]
+        contents += [] if scans else [hub_dataset(source)._fingerprint]
+        contents += [kind_of(scan.file) for scan in scans]
     key = hashlib.sha256(json.dumps([_FORMAT, contents], default=str).encode()).hexdigest()[:20]
     file = cache / f"evaluation-{key}.npz"
     if (found := _remembered(file)) is None:
         with waiting(filelock.FileLock(file.with_suffix(".lock")), f"{name} is indexed by another process"):
             if (found := _remembered(file)) is None:
-                found = _read_evaluated(sources)
+                with _unchanged(name, scanned):
+                    found = _read_evaluated(sources)
                 partial = file.with_suffix(".tmp.npz")
                 numpy.savez(partial, keys=found[0], grams=found[1])
                 partial.replace(file)
     return Evaluated(name, key, *found)
+
+
+@contextmanager
+def _unchanged(name: str, scanned: Sequence[tuple[Source, list[Scan]]]) -> Iterator[None]:
+    """What is read within is remembered for the files as they were scanned: BadInput if they are others by its end."""
+    try:
+        yield
+    except (BadInput, OSError):
+        for source, scans in scanned:
+            require_unchanged(name, source, scans)  # a file that is gone, or is being written, fails in many ways
+        raise
+    for source, scans in scanned:
+        require_unchanged(name, source, scans)
 
 
 def _remembered(file: Path) -> tuple[NDArray[numpy.uint64], NDArray[numpy.uint64]] | None:
@@ -163,12 +179,14 @@ def _read(file: Path) -> list[Any] | None:
 
 
 def _write(tokens: TokenSet, evaluated: Sequence[Evaluated], file: Path, executor: Executor | None) -> None:
-    parts = dict(enumerate(pieces(tokens.source, scans_of(tokens.source, tokens.folder.parent))))
+    require_unchanged(tokens.name, tokens.source, tokens.scans)
     work = file.with_suffix(".pickle")
     work.write_bytes(pickle.dumps((tokens.source, list(evaluated))))
     try:
         title = f"looking for leaks in {tokens.name}"
-        rows = [row for part in run_pieces(search_piece, work, parts, title, executor) for row in part]
+        with _unchanged(tokens.name, [(tokens.source, tokens.scans)]):
+            parts = dict(enumerate(pieces(tokens.source, tokens.scans)))
+            rows = [row for part in run_pieces(search_piece, work, parts, title, executor) for row in part]
     finally:
         work.unlink(missing_ok=True)
     document_of = _documents_at(tokens, [(file_number, row) for file_number, row, *_ in rows])
@@ -200,7 +218,6 @@ def search_piece(work_file: Path, _: int, piece: Piece) -> list[tuple[int, int, 
         _loaded[work_file] = pickle.loads(work_file.read_bytes())
     source, evaluated = _loaded[work_file]
     hashes = _WordHashes()
-    numbers = {name: number for number, name in enumerate(file_names(source))}
     found = []
     for row in read_piece(source, piece):
         try:
@@ -210,9 +227,9 @@ def search_piece(work_file: Path, _: int, piece: Piece) -> list[tuple[int, int, 
         key, grams = text_key(example), _grams(words(plain_text(example)), hashes)
         for one in evaluated:
             if _contains(one.keys, numpy.array([key], numpy.uint64)):
-                found.append((numbers[row.file], row.number, one.name, "equal"))
+                found.append((piece.file, row.number, one.name, "equal"))
             elif _contains(one.grams, grams):
-                found.append((numbers[row.file], row.number, one.name, "overlapping"))
+                found.append((piece.file, row.number, one.name, "overlapping"))
     return found
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fullft.errors import BadInput
 from fullft.recipe import TrainingSource
 
-_FINEST = 1 << 24  # denominator of shares that are not whole numbers
+_FINEST = 1 << 24  # denominator of shares too large to multiply with positions
+_ROUNDING = 1e-6  # of a sequence, what floating point may add up to
 
 
 @dataclass(frozen=True)
@@ -67,40 +68,53 @@ def mix(
     """The mixture that the sources ask for.
 
     Sets without fraction are seen `weight` times an epoch; sets with one make up that share of all tokens, whatever
-    their size. `max_epochs` caps a set; in a run of given length its share goes to the others.
+    their size. `max_epochs` caps a set, at whole sequences; in a run of given length its share goes to the others.
 
     Args:
         sizes: (sequences, tokens) of each set.
         epochs: length of the run, if `positions` (sequences of the whole run) is None.
 
     Raises:
-        BadInput: the caps leave too little for a run of that length.
+        BadInput: the caps leave too little for a run of that length, or nothing at all.
     """
     counts = [count for count, _ in sizes]
     of_epoch = _sequences_of_epoch(sources, sizes)
-    caps = [source.max_epochs * count if source.max_epochs else math.inf
+    caps = [math.floor(Fraction(str(source.max_epochs)) * count) if source.max_epochs else math.inf
             for source, count in zip(sources, counts, strict=True)]  # fmt: skip
     if positions is None:
         wanted = [min(epochs * one, cap) for one, cap in zip(of_epoch, caps, strict=True)]
+    elif sum(caps) < positions:
+        limits = ", ".join(f"{name} {source.max_epochs:g}" for name, source in zip(names, sources, strict=True)
+                           if source.max_epochs)  # fmt: skip
+        raise BadInput(
+            f"train.steps: the run needs {positions:,} sequences, with max_epochs ({limits}) the data give "
+            f"{math.floor(sum(caps)):,}; raise max_epochs, or make fewer steps"
+        )
     else:
         wanted = _filled(of_epoch, caps, positions)
-        if sum(wanted) < positions * (1 - 1e-9):
-            limits = ", ".join(f"{name} {source.max_epochs:g}" for name, source in zip(names, sources, strict=True)
-                               if source.max_epochs)  # fmt: skip
-            raise BadInput(
-                f"train.steps: the run needs {positions:,} sequences, with max_epochs ({limits}) the data give "
-                f"{math.floor(sum(wanted)):,}; raise max_epochs, or make fewer steps"
-            )
-    total = sum(wanted)
+    total = math.ceil(sum(wanted) - _ROUNDING) if positions is None else positions
+    if not total:
+        raise BadInput(f"data.train: max_epochs leaves not one whole sequence ({', '.join(names)}); raise it")
     capped = any(one < epochs * whole * (1 - 1e-9) for one, whole in zip(wanted, of_epoch, strict=True))
     exact = positions is None and not capped and not any(source.fraction for source in sources)
     uncapped_run = positions is not None and all(math.isinf(cap) for cap in caps)
     if exact or (uncapped_run and not any(source.fraction for source in sources)):
-        rates = _whole([Fraction(str(source.weight or 1)) * count
-                        for source, count in zip(sources, counts, strict=True)])  # fmt: skip
+        shares = [Fraction(str(source.weight or 1)) * count for source, count in zip(sources, counts, strict=True)]
     else:
-        rates = [max(1, round(one / total * _FINEST)) for one in wanted]
-    return Mixture(tuple(rates), tuple(counts), sum(of_epoch), math.ceil(total - 1e-6))
+        shares = [Fraction(one) for one in _apportioned(wanted, total)]
+    return Mixture(tuple(_whole(shares)), tuple(counts), sum(of_epoch), total)
+
+
+def _apportioned(wanted: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to `total`, by largest remainder: none is above the next whole number, or below the last.
+
+    So a set that is wanted a whole number of times is seen just so often, and one below its cap stays below it.
+    """
+    counts = [math.floor(one + _ROUNDING) for one in wanted]
+    by_remainder = sorted(range(len(wanted)), key=lambda at: counts[at] - wanted[at])
+    for at in by_remainder[: total - sum(counts)]:
+        counts[at] += 1
+    return counts
 
 
 def _sequences_of_epoch(sources: Sequence[TrainingSource], sizes: Sequence[tuple[int, int]]) -> list[float]:

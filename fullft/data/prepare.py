@@ -32,7 +32,7 @@ from fullft.data.cache import DOCUMENT, part_name, write_npy
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
 from fullft.data.progress import progress
 from fullft.data.quality import plain_text, script, text_key, troubles
-from fullft.data.sources import Piece, Row, Scan, file_names, pieces, read_piece, source_files, stat_of
+from fullft.data.sources import Piece, Row, Scan, pieces, read_piece, require_unchanged, without_rows
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Source
@@ -61,14 +61,43 @@ def write_tokens(
     """Tokenize all pieces of a set into `folder`, which appears when it is complete. The caller holds the set's lock.
 
     Raises:
-        BadInput: the data cannot be read, changed since `scans`, or a worker was killed.
+        BadInput: the data cannot be read, changed since `scans`, a file has no rows, or a worker was killed.
         OSError: the disk is full; the parts written so far are used again.
     """
     partial = folder.with_suffix(".partial")
-    stats, cut = [scan.stat for scan in scans], pieces(source, scans)
+    try:
+        cut = pieces(source, scans)
+        _write_parts(name, source, [scan.stat for scan in scans], cut, tokenizer, train_on, partial, executor)
+    except (BadInput, OSError):
+        _require_unchanged(name, source, scans, partial)  # a file that is gone, or is being written, fails in many ways
+        raise
+    _require_unchanged(name, source, scans, partial)
+    _complete(partial, source, scans, cut)
+    shutil.rmtree(folder, ignore_errors=True)  # one that has lost a part
+    partial.rename(folder)
+
+
+def _require_unchanged(name: str, source: Source, scans: list[Scan], partial: Path) -> None:
+    try:
+        require_unchanged(name, source, scans)
+    except BadInput:
+        shutil.rmtree(partial, ignore_errors=True)  # the folder's name is of what the files held before
+        raise
+
+
+def _write_parts(
+    name: str,
+    source: Source,
+    stats: list[list[int]],
+    cut: list[Piece],
+    tokenizer: PreTrainedTokenizerBase,
+    train_on: str,
+    partial: Path,
+    executor: Executor | None,
+) -> None:
     mark, now = partial / "pieces.json", json.dumps([stats, [astuple(piece) for piece in cut]])
     if partial.exists() and (not mark.exists() or mark.read_text() != now):
-        shutil.rmtree(partial)  # parts of files as they were at another time, or cut in another way
+        shutil.rmtree(partial)  # parts of other files, or as they were at another time, or cut in another way
     partial.mkdir(parents=True, exist_ok=True)
     for begun in partial.glob("*.tmp"):
         begun.unlink()  # by a process that was killed
@@ -79,12 +108,6 @@ def write_tokens(
     if len(missing) < len(cut):
         print(f"{name}: {len(cut) - len(missing)} of {len(cut)} parts were prepared before", flush=True)
     run_pieces(tokenize_piece, work, missing, f"preparing {name}", executor)
-    if scans and [stat_of(file) for file in source_files(source)] != stats:
-        shutil.rmtree(partial)  # the folder's name is of what the files held before
-        raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
-    _complete(partial, len(cut))
-    shutil.rmtree(folder, ignore_errors=True)  # one that has lost a part
-    partial.rename(folder)
 
 
 def run_pieces(action: Any, work: Path, todo: dict[int, Piece], title: str, executor: Executor | None) -> list[Any]:
@@ -209,7 +232,6 @@ def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
     work = _work(work_file)
     counts = _Counts()
     documents = bytearray()  # of `DOCUMENT`; tuples would take seven times as much
-    numbers = {name: number for number, name in enumerate(file_names(work.source))}
     final = work_file.parent / part_name(number)
     partial = final.with_suffix(f".{os.getpid()}.tmp")
     try:
@@ -220,14 +242,14 @@ def tokenize_piece(work_file: Path, number: int, piece: Piece) -> None:
                 try:
                     example, tokens = row_tokens(row, work.source, work.tokenizer, work.train_on)
                 except BadRow as error:
-                    counts.reject(numbers[row.file], row.number, str(error))
+                    counts.reject(piece.file, row.number, str(error))
                     continue
                 trained_tokens = tokens.trained.count(True)
-                counts.add(numbers[row.file], row.number, example, tokens, trained_tokens)
+                counts.add(piece.file, row.number, example, tokens, trained_tokens)
                 ids = numpy.array(tokens.ids, numpy.int32)
                 trained = numpy.frombuffer(bytes(tokens.trained), numpy.bool_)  # half the time of a list of bools
                 content.write(numpy.where(trained, ids, ~ids).tobytes())
-                entry = (at, row.number, text_key(example), len(tokens), trained_tokens, numbers[row.file])
+                entry = (at, row.number, text_key(example), len(tokens), trained_tokens, piece.file)
                 documents += numpy.array(entry, DOCUMENT).tobytes()
                 at += len(tokens)
             _flush(content)
@@ -298,8 +320,13 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
 # When all parts are there
 
 
-def _complete(partial: Path, parts: int) -> None:
-    """Join the parts' documents and counts; what the workers needed is removed."""
+def _complete(partial: Path, source: Source, scans: list[Scan], cut: list[Piece]) -> None:
+    """Join the parts' documents and counts; what the workers needed is removed.
+
+    Raises:
+        BadInput: a file has no rows, as `read_rows` says it.
+    """
+    rows_of_file: Counter[int] = Counter()
     totals: Counter[str] = Counter(
         rows=0, documents=0, tokens=0, trained_tokens=0, bad_rows=0, rows_with_lost_reasoning=0
     )
@@ -310,7 +337,7 @@ def _complete(partial: Path, parts: int) -> None:
     starts, sizes = [], []
     with (partial / "documents.raw").open("wb") as joined:
         at = 0
-        for number in range(parts):
+        for number, piece in enumerate(cut):
             tokens = partial / part_name(number)
             counted = json.loads(tokens.with_suffix(".json").read_text())
             documents = numpy.fromfile(tokens.with_suffix(".documents"), DOCUMENT)
@@ -320,11 +347,17 @@ def _complete(partial: Path, parts: int) -> None:
             sizes.append(tokens.stat().st_size)
             at += sizes[-1] // 4
             totals.update(counted["totals"])
+            rows_of_file[piece.file] += counted["totals"].get("rows", 0)
             scripts.update(counted["scripts"])
             found_troubles.update(counted["troubles"])
             bad += counted["bad"]
             for trouble, named in counted["troubled"].items():
                 troubled.setdefault(trouble, []).extend(named)
+    if all(piece.path for piece in cut):
+        # Files behind the limit were not read.
+        reached = cut[-1].file + 1 if cut and source.limit == totals["rows"] else len(scans)
+        if empty := [scan.file for number, scan in enumerate(scans[:reached]) if not rows_of_file[number]]:
+            raise without_rows(*empty)
     write_npy(partial / "documents.raw", partial / "documents.npy", DOCUMENT)
     summary: dict[str, Any] = dict(totals) | {
         "first_bad_rows": bad[:_SHOWN], "scripts": dict(scripts.most_common()),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from fullft.data.formats import used_fields
 from fullft.errors import BadInput
 from fullft.recipe import Source
 
@@ -36,9 +37,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a source that one process reads: from a byte of .jsonl or .json, or a row of other kinds."""
+    """A part of a source that one process reads: from a byte of .jsonl or .json, or a row of other kinds.
 
-    file: int | None  # None: a set of `datasets`
+    It names its file, because a folder that is listed anew may hold another one in its place.
+    """
+
+    file: int  # its number among the source's; 0 for a set of `datasets`
+    path: str | None  # None: a set of `datasets`
     start: int = 0
     end: int | None = None  # byte of .jsonl; None: all of the file
     rows_before: int = 0  # rows (lines) of the file before `start`
@@ -49,6 +54,7 @@ class Piece:
 _SMALLEST_PIECE, _LARGEST_PIECE, _PIECES = 1 << 20, 64 << 20, 256
 _GROUP_PIECES = 16  # of a Parquet row group: each reads, and drops, what is before it in its group
 _BLOCK = 1 << 20
+_PARQUET_SLICE, _DICTIONARY_BATCH, _PARQUET_BATCH = 16, 128, 1024  # rows
 
 
 def source_files(source: Source) -> list[Path]:
@@ -61,26 +67,32 @@ def source_files(source: Source) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return files if _is_arrow_folder(path) else _data_files(path, files)
-    matches = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(source.path, recursive=True))]  # noqa: PTH207
+    matches = [path] if path.is_file() else [Path(name) for name in sorted(set(glob.glob(source.path, recursive=True)))]  # noqa: PTH207
     if not matches:
         if _looks_like_hub_name(source.path):
             return []
         raise BadInput(f"data file {source.path} does not exist (relative paths start at {Path.cwd()})")
-    problems = [f"data file {file} is empty" for file in matches if file.stat().st_size == 0]
-    problems += [
+    problems = [
         f"data file {file}: unknown kind; use .jsonl, .json, .parquet, an Arrow folder or a hub name"
         for file in matches
-        if file.suffix not in _READABLE
+        if kind_of(file) not in _READABLE
     ]
-    if problems:
+    if problems := _unusable(matches) + problems:
         raise BadInput(problems)
     return matches
 
 
 _READABLE = (".jsonl", ".json", ".parquet")
 # Endings that no hub name has; a dot alone does not make a file: owner/name-2.5.
-_FILES = (*_READABLE, ".txt", ".csv", ".tsv", ".gz", ".zst", ".zip", ".arrow")
+_PACKED = (".gz", ".zst", ".zip", ".xz", ".bz2")
+_FILES = (*_READABLE, ".txt", ".csv", ".tsv", ".xlsx", ".arrow", *_PACKED)
 _HELD_OUT = re.compile(r"(^|[-_.])(test|valid|validation|val|dev|eval)([-_.\d]|$)")
+
+
+def kind_of(file: Path) -> str:
+    """Its ending as it is read: small letters, and .ndjson is .jsonl."""
+    ending = file.suffix.lower()
+    return ".jsonl" if ending == ".ndjson" else ending
 
 
 def _is_arrow_folder(folder: Path) -> bool:
@@ -88,13 +100,15 @@ def _is_arrow_folder(folder: Path) -> bool:
 
 
 def _data_files(folder: Path, files: list[Path]) -> list[Path]:
-    """The data files of a folder; what else may be data is told, not left out."""
-    found = [file for file in files if file.suffix in _READABLE]
+    """The data files of a folder but for hidden ones; what else may be data is told, not left out."""
+    parts = {file: file.relative_to(folder).parts for file in files}
+    files = [file for file in files if not any(part.startswith(".") for part in parts[file])]
+    found = [file for file in files if kind_of(file) in _READABLE]
     problems = [f"data file {file}: unknown kind; use .jsonl, .json or .parquet, or name the others by a glob"
-                for file in files if file.suffix in _FILES and file not in found]  # fmt: skip
-    problems += [f"data file {file} is empty" for file in found if file.stat().st_size == 0]
-    parts = {file: [*file.relative_to(folder).parts[:-1], file.stem] for file in found}
-    if held_out := [file for file in found if any(_HELD_OUT.search(part) for part in parts[file])]:
+                for file in files if kind_of(file) in _FILES and kind_of(file) not in _READABLE]  # fmt: skip
+    problems += _unusable(found)
+    names = {file: [*parts[file][:-1], file.stem] for file in found}
+    if held_out := [file for file in found if any(_HELD_OUT.search(name) for name in names[file])]:
         problems.append(
             f"data folder {folder} holds {held_out[0].name}, which looks like evaluation data: name the files to be "
             f"read by a glob, e.g. {folder}/train*"
@@ -106,18 +120,29 @@ def _data_files(folder: Path, files: list[Path]) -> list[Path]:
     return found
 
 
+def _unusable(files: list[Path]) -> list[str]:
+    """Files that are empty, or that stand twice in a source: a link to another of them."""
+    problems, known = [], dict[tuple[int, int], Path]()
+    for file in files:
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            problems.append(f"data file {file} was there a moment ago, and is not any more")
+            continue
+        if stat.st_size == 0:
+            problems.append(f"data file {file} is empty")
+        if (first := known.setdefault((stat.st_dev, stat.st_ino), file)) != file:
+            problems.append(f"data file {file} is the same file as {first}; its rows would be read twice")
+    return problems
+
+
 def _looks_like_hub_name(path: str) -> bool:
     return (
         not path.startswith((".", "/", "~"))
         and path.count("/") <= 1
-        and Path(path).suffix not in _FILES
+        and kind_of(Path(path)) not in _FILES
         and "*" not in path
     )
-
-
-def file_names(source: Source) -> list[str]:
-    """Names of what rows come from, as `Row.file` has them."""
-    return [source.path] if read_by_datasets(source) else [str(file) for file in source_files(source)]
 
 
 def read_by_datasets(source: Source) -> bool:
@@ -131,11 +156,12 @@ def read_by_datasets(source: Source) -> bool:
 
 @dataclass(frozen=True)
 class Scan:
-    """sha256 of a file, (byte, rows before it) where its pieces start if it is .jsonl or .json, and its `stat_of`.
+    """A file, its sha256, (byte, rows before it) where its pieces start if it is .jsonl or .json, and its `stat_of`.
 
     `rows`: lines of .jsonl, items of .json; None if it is of another kind, or no list in JSON.
     """
 
+    file: Path
     sha256: str
     cuts: list[tuple[int, int]]
     rows: int | None
@@ -146,6 +172,21 @@ def stat_of(file: Path) -> list[int]:
     """Size, times of modification and change in nanoseconds, inode: another list, another content."""
     stat = file.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def file_names(source: Source, scans: list[Scan]) -> list[str]:
+    """Names of what rows come from, as `Row.file` has them."""
+    return [source.path] if read_by_datasets(source) else [str(scan.file) for scan in scans]
+
+
+def require_unchanged(name: str, source: Source, scans: list[Scan]) -> None:
+    """Raises BadInput when the files of a source are not those that were scanned, or not as they were."""
+    try:
+        same = [(file, stat_of(file)) for file in source_files(source)] == [(scan.file, scan.stat) for scan in scans]
+    except (OSError, BadInput):
+        same = False
+    if not same:
+        raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
 
 
 class _Hashed(io.FileIO):
@@ -169,13 +210,13 @@ def scan_file(file: Path, advance: Callable[[int], None] = lambda _: None) -> Sc
     step = _step(stat[0] // _PIECES)
     cuts, rows = [(0, 0)], None
     with io.BufferedReader(hashed := _Hashed(file, advance), _BLOCK) as content:
-        if file.suffix == ".jsonl":
+        if kind_of(file) == ".jsonl":
             cuts, rows = _cut_lines(content, step)
-        elif file.suffix == ".json":
+        elif kind_of(file) == ".json":
             cuts, rows = _cut_items(file, content, step)
         while content.read(_BLOCK):
             pass
-    return Scan(hashed.sha256.hexdigest(), cuts, rows, stat)
+    return Scan(file, hashed.sha256.hexdigest(), cuts, rows, stat)
 
 
 def _step(size: int) -> int:
@@ -220,25 +261,25 @@ def _all_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
         step = max(count // 32, 1000)  # each piece loads the set anew
         for start in range(0, max(count, 1), step):
             size = min(step, count - start)
-            yield Piece(None, start, None, start, size, size)
+            yield Piece(0, None, start, None, start, size, size)
         return
-    for number, (file, scan) in enumerate(zip(source_files(source), scans, strict=True)):
-        if file.suffix == ".parquet":
-            yield from _parquet_pieces(file, number)
+    for number, scan in enumerate(scans):
+        if kind_of(scan.file) == ".parquet":
+            yield from _parquet_pieces(scan.file, number)
             continue
         ends = [*scan.cuts[1:], (scan.stat[0], scan.rows)]
         for (start, before), (end, after) in zip(scan.cuts, ends, strict=True):
-            rows = after - before if file.suffix == ".json" and after is not None else None
-            yield Piece(number, start, end, before, end - start, rows)
+            rows = after - before if kind_of(scan.file) == ".json" and after is not None else None
+            yield Piece(number, str(scan.file), start, end, before, end - start, rows)
 
 
 def _first_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
     """The pieces with the first `limit` rows, the last of them cut; files behind it are not opened, as in reading."""
-    files, left = source_files(source), source.limit or 0
+    left = source.limit or 0
     for piece in _all_pieces(source, scans):
         rows = piece.rows
-        if piece.file is not None and files[piece.file].suffix == ".jsonl":
-            rows = sum(1 for _ in itertools.islice(_jsonl_lines(files[piece.file], piece), left))
+        if piece.path is not None and kind_of(Path(piece.path)) == ".jsonl":
+            rows = sum(1 for _ in itertools.islice(_jsonl_lines(Path(piece.path), piece), left))
         rows = left if rows is None else min(rows, left)  # None: a damaged .json, where reading ends in any case
         yield replace(piece, rows=rows)
         left -= rows
@@ -252,7 +293,7 @@ def _parquet_pieces(file: Path, number: int) -> list[Piece]:
         step = max(math.ceil(rows * _step(size // _GROUP_PIECES) / max(size, 1)), 1)
         for start in range(before, before + rows, step):
             count = min(step, before + rows - start)
-            found.append(Piece(number, start, None, start, size * count // rows, count))
+            found.append(Piece(number, str(file), start, None, start, size * count // rows, count))
         before += rows
     return found
 
@@ -279,26 +320,28 @@ def _all_rows(source: Source) -> Iterator[Row]:
     if read_by_datasets(source):
         yield from _dataset_rows(source, 0)
         return
-    for file in source_files(source):
-        rows = _file_rows(file, Piece(0))
+    for number, file in enumerate(source_files(source)):
+        rows = _file_rows(source, file, Piece(number, str(file)))
         if (first := next(rows, None)) is None:
-            raise BadInput(f"data file {file} has no rows")
+            raise without_rows(file)
         yield first
         yield from rows
 
 
+def without_rows(*files: Path) -> BadInput:
+    return BadInput([f"data file {file} has no rows" for file in files])
+
+
 def read_piece(source: Source, piece: Piece) -> Iterator[Row]:
     """The rows of one piece, numbered as in their file."""
-    if piece.file is None:
-        rows = _dataset_rows(source, piece.start)
-    else:
-        rows = _file_rows(source_files(source)[piece.file], piece)
+    rows = _file_rows(source, Path(piece.path), piece) if piece.path else _dataset_rows(source, piece.start)
     yield from itertools.islice(rows, piece.rows)
 
 
-def _file_rows(file: Path, piece: Piece) -> Iterator[Row]:
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
-    yield from readers[file.suffix](file, piece)
+def _file_rows(source: Source, file: Path, piece: Piece) -> Iterator[Row]:
+    if kind_of(file) == ".parquet":
+        return _parquet_rows(file, piece, used_fields(source))
+    return _jsonl_rows(file, piece) if kind_of(file) == ".jsonl" else _json_rows(file, piece)
 
 
 def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
@@ -368,19 +411,34 @@ def _list_items(file: Path, content: TextIO, start: int = 0) -> Iterator[tuple[i
             whole = end < len(text) - (4 if isinstance(value, int | float) else 0)  # 1 may go on as 1.5
         except json.JSONDecodeError as error:
             if error.pos < len(text) - 16 and not error.msg.startswith("Unterminated string"):
-                raise
+                raise _item_problem(items + 1, byte, error.msg) from None
             whole = False  # cut off by the end of the window
+        except RecursionError:
+            raise _item_problem(items + 1, byte, "too deep") from None
         if whole:
             yield byte, value
             at, items, after_item = end, items + 1, True
-        elif more := content.read(max(_BLOCK, len(text) - at)):
+            continue
+        try:
+            more = content.read(max(_BLOCK, len(text) - at))
+        except UnicodeDecodeError as error:
+            raise _item_problem(items + 1, byte, f"not UTF-8, there or behind it: {error.reason}") from None
+        if more:
             text, at, counted = text[at:] + more, 0, 0
         else:
-            value, end = decoder.raw_decode(text, at)  # raises with the reason
+            try:
+                value, end = decoder.raw_decode(text, at)
+            except json.JSONDecodeError as error:
+                raise _item_problem(items + 1, byte, error.msg) from None
             if end == len(text):
                 raise ValueError("the list does not end")
             yield byte, value
             at, items, after_item = end, items + 1, True
+
+
+def _item_problem(item: int, byte: int, problem: str) -> ValueError:
+    """Where the item begins, because a column of the window over the file says nothing to anyone."""
+    return ValueError(f"item {item}, which begins at byte {byte:,}: {problem}")
 
 
 def _list_start(file: Path, content: TextIO) -> tuple[str, int]:
@@ -418,25 +476,57 @@ def _parquet(file: Path) -> Any:
         raise BadInput(f"data file {file} is not a Parquet file, or is damaged: {error}") from None
 
 
-def _parquet_rows(file: Path, piece: Piece) -> Iterator[Row]:
+def _parquet_rows(file: Path, piece: Piece, used: set[str]) -> Iterator[Row]:
+    """Other columns than those `used` are not read: their values are None."""
+    opened = _parquet(file)
+    names: list[str] = opened.schema_arrow.names
+    unused = dict.fromkeys(name for name in names if name not in used)
+    number = 0
+    for group, (_, rows) in enumerate(_row_groups(opened)):
+        if number + rows <= piece.start:
+            number += rows
+            continue
+        for batch in _batches(file, opened, group, [name for name in names if name in used]):
+            before = max(piece.start - number, 0)
+            number += min(before, len(batch))
+            for start in range(before, len(batch), _PARQUET_SLICE):
+                for value in _values(batch[start : start + _PARQUET_SLICE]):
+                    number += 1
+                    if isinstance(value, str):
+                        yield Row(str(file), number, None, value)
+                    else:
+                        yield Row(str(file), number, _from_columns(value | unused))
+
+
+def _batches(file: Path, opened: Any, group: int, columns: list[str]) -> Iterator[Any]:
+    """Of about a block each: a text that stands in a dictionary once may be decoded for every row."""
     import pyarrow
 
-    opened = _parquet(file)
-    number = 0
+    about = opened.metadata.row_group(group)
+    chunks = [about.column(at) for at in range(about.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    most = _DICTIONARY_BATCH if any(chunk.has_dictionary_page for chunk in chunks) else _PARQUET_BATCH
+
+    def read(rows: int) -> Any:
+        return opened.iter_batches(batch_size=rows, row_groups=[group], columns=columns, use_threads=False)
+
     try:
-        for group, (size, rows) in enumerate(_row_groups(opened)):
-            if number + rows <= piece.start:
-                number += rows
-                continue
-            some = min(max(rows * _BLOCK // max(size, 1), 1), 1024)  # about a block of them
-            for batch in opened.iter_batches(batch_size=some, row_groups=[group], use_threads=False):
-                before = max(piece.start - number, 0)
-                number += min(before, len(batch))
-                for value in batch[before:].to_pylist():
-                    number += 1
-                    yield Row(str(file), number, _from_columns(value))
+        of_row = size // max(about.num_rows, 1)
+        if about.num_rows > _PARQUET_SLICE and (first := next(read(_PARQUET_SLICE), None)):
+            of_row = max(of_row, first.nbytes // len(first))
+        yield from read(min(max(_BLOCK // max(of_row, 1), 1), most))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise BadInput(f"data file {file} is damaged: {error}") from None
+
+
+def _values(rows: Any) -> list[dict[str, Any] | str]:
+    """Of each row its columns, or why they cannot be had: a date after the year 9999, text that is not UTF-8."""
+    try:
+        return list(rows.to_pylist())
+    except (ValueError, OverflowError) as error:
+        if len(rows) == 1:
+            return [f"a value cannot be read: {error}"]
+    return [value for at in range(len(rows)) for value in _values(rows[at : at + 1])]
 
 
 def _dataset_rows(source: Source, start: int) -> Iterator[Row]:
