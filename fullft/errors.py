@@ -38,4 +38,4 @@ class Preempted(Exception):
 
 
 class LeaseLost(TrainingStopped):
-    """Another job has taken over the run folder. Raised on rank 0 alone: the launcher ends the other ranks."""
+    """Another job has taken over the run folder. Raised on the rank that meets it: the launcher ends the others."""

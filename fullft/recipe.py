@@ -200,8 +200,7 @@ class Train(Section):
     hang_timeout: float = Field(
         1500, gt=0, description="seconds without progress (micro-batch, update, evaluation batch, save, phase of "
         "loading) after which every rank writes its stacks to hang/ of the run folder, the ranks that are missing or "
-        "behind are named, and the run ends; above the longest save, and below timeout_minutes, which ends it without "
-        "a word on who hangs"
+        "behind are named, and the run ends; below timeout_minutes, which ends it without a word on who hangs"
     )  # fmt: skip
 
     @model_validator(mode="after")
