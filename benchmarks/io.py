@@ -318,7 +318,7 @@ def save_fullft(model: Path, work: Path, *, asynchronous: bool = True) -> dict[s
         state = {"step": step, "tokens_seen": 0, "recipe": {}, "data": "", "world_size": dist.get_world_size()}
         with Meter() as meter:
             saver.copy()
-            saver.write(state | {"score": None})
+            saver.write(state)
             stall = time.perf_counter() - meter.started
             saver.wait()
     return meter.result(stall_seconds=stall, shard_bytes=_shard_bytes(engine.module))

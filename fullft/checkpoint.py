@@ -1,7 +1,7 @@
 """Checkpoints: written by all ranks in the background, trusted only when whole, resumed at any world size.
 
     checkpoints/step-00000200/   __<rank>_0.distcp, .metadata   torch.distributed.checkpoint files
-                                 state.json                     step, tokens, recipe, score, ...
+                                 state.json                     step, tokens, recipe, ...
                                  MANIFEST.json                  sizes and sha256 of all of these
 
 A checkpoint is written as step-00000200.g3.tmp (3: the generation of the run folder's lease) and renamed when every

@@ -71,7 +71,7 @@ for path in sys.argv[1:]:
     tracker = Tracker(recipe, me.is_main, 4, 0)
     saver = checkpoint.Saver(started, run / "checkpoints", recipe.checkpoint, tracker, 0)
     saver.copy()
-    saver.write({"step": 4, "score": None})
+    saver.write({"step": 4})
     saver.wait()
     weights = {
         name: safe_get_full_fp32_param(one).reshape(one.ds_shape) for name, one in started.module.named_parameters()
