@@ -89,9 +89,12 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     recipe = load_recipe(path, overrides)
     if resolved:
         print(recipe.to_yaml(), end="")
+    import transformers
+
     from fullft.planner import GIB
     from fullft.preflight import preflight
 
+    transformers.utils.logging.disable_progress_bar()  # a trial of the export has bars
     if world_size < 1:
         raise BadInput(f"--world-size: {world_size} is not a number of ranks")
     # This may be a login node without GPU: what is asked is about the GPUs, unless CPU ranks are wanted.
