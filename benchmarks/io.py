@@ -7,7 +7,7 @@ own, file cache dropped before each where the machine allows it.
 
 - load     `fullft.model.load` beside `from_pretrained` under ZeRO-3
 - export   `fullft.export.export` beside DeepSpeed's `save_16bit_model`
-- save     `fullft.checkpoint`, synchronous and asynchronous, beside DeepSpeed's `save_checkpoint`: what training waits
+- save     `fullft.saver`, synchronous and asynchronous, beside DeepSpeed's `save_checkpoint`: what training waits
 - resume   at the same and at another number of ranks, beside DeepSpeed's universal checkpoints (conversion and load)
 """
 
@@ -304,8 +304,8 @@ def save_fullft(model: Path, work: Path, *, asynchronous: bool = True) -> dict[s
     """Two saves; the second is measured, since the first one allocates the copies on the host."""
     import torch.distributed as dist
 
-    from fullft.checkpoint import Saver
     from fullft.recipe import Checkpoint
+    from fullft.saver import Saver
     from fullft.tracking import Tracker
 
     engine, _ = _engine(model, work, moments=True)

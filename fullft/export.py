@@ -301,7 +301,7 @@ def export_checkpoint(
     meta = model.on_meta(recipe.model, tokenizer)
     buffers = _buffers(recipe, meta, {})
     layout = lay_out(meta, buffers, partial, chosen, recipe.export.max_shard_gb)
-    weights = checkpoint.Weights(folder)
+    weights = checkpoint.SavedWeights(folder)
     ours = {name: math.prod(parameter.shape) for name, parameter in meta.named_parameters()}
     if differ := sorted(
         name for name in ours.keys() | weights.sizes.keys() if ours.get(name) != weights.sizes.get(name)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from fullft.errors import BadInput
 from fullft.recipe import Model, Recipe
-from fullft.shards import make_empty_shards, own_part, reads_shards
+from fullft.shards import make_empty_shards, own_part, why_not_by_shards
 from fullft.tokenizer import files, first_line, vocabulary_rows
 from fullft.weights import Part, Stored, Weights, locate, mean_row, read_parts
 
@@ -103,18 +103,26 @@ def vocabulary_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in own]
 
 
-def weights_of(recipe: Recipe, meta: PreTrainedModel) -> Weights:
-    """Where the weights of a local folder are, and what of them does not fit; nothing for a hub name not downloaded."""
+def weights_of(recipe: Recipe, meta: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Weights:
+    """Where the weights of a model are, why transformers has to load them if it has, and what of them does not fit.
+
+    Nothing of a hub name of which no weights are downloaded: `load` looks again.
+    """
     folder = files(recipe.model)
     if not Path(recipe.model.path).is_dir() and not list(folder.glob("*.safetensors")):
-        return Weights({}, reason="they are not downloaded yet")
+        return Weights({}, reason="the hub's folder has no safetensors")
     found = locate(folder, meta, vocabulary_parameters(meta) if recipe.model.grows else [])
-    if recipe.model.grows and found.reason:
-        found.problems.append(
-            f"model.{'new_tokens' if recipe.model.new_tokens else 'vocabulary_multiple'}: {found.reason}, so the "
-            "vocabulary cannot be grown here; grow it with transformers' resize_token_embeddings and save the model"
-        )
+    found = replace(found, reason=found.reason or why_not_by_shards(deepspeed_config))
+    if recipe.model.grows and found.reason and not found.problems:
+        found.problems.append(_cannot_grow(recipe.model, found.reason))
     return found
+
+
+def _cannot_grow(model: Model, reason: str) -> str:
+    return (
+        f"model.{'new_tokens' if model.new_tokens else 'vocabulary_multiple'}: {reason}, so the vocabulary cannot be "
+        "grown here; grow it with transformers' resize_token_embeddings and save the model"
+    )
 
 
 def facts(model: PreTrainedModel) -> Facts:
@@ -146,12 +154,12 @@ def load(
     folder = files(recipe.model, weights=True)
     with _parameters_on_meta():
         model = _from_config(recipe.model, tokenizer, recipe.model.attention, dtype)
-    weights = weights_of(recipe, model)
-    if weights.problems:
-        raise BadInput(weights.problems)
-    reason = weights.reason or reads_shards(deepspeed_config)
-    if reason:
-        model, said = _load_by_transformers(recipe, folder, deepspeed_config), f"by transformers, since {reason}"
+    weights = weights_of(recipe, model, deepspeed_config)
+    if weights.problems or (weights.reason and recipe.model.grows):
+        raise BadInput(weights.problems or [_cannot_grow(recipe.model, weights.reason)])
+    if weights.reason:
+        model = _load_by_transformers(recipe, folder, deepspeed_config)
+        said = f"by transformers, since {weights.reason}"
     else:
         make_empty_shards(model, deepspeed_config, dtype)
         count = _place_buffers(model, weights)

@@ -72,7 +72,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if tokenizer is not None and recipe.model.grows:
         meta = attempt(model.on_meta, recipe.model, tokenizer)
     if meta is not None:
-        problems += model.weights_of(recipe, meta).problems
+        problems += model.weights_of(recipe, meta, config or {"zero_optimization": {}}).problems
     if meta is not None and tokenizer is not None:
         problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)

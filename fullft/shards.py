@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 STATES = ("weight", "exp_avg", "exp_avg_sq")
 
 
-def reads_shards(config: dict[str, Any]) -> str:
+def why_not_by_shards(config: dict[str, Any]) -> str:
     """Why shards cannot be made empty and filled from files under a DeepSpeed configuration; empty if they can."""
     zero = config["zero_optimization"]
     if (zero.get("offload_param") or {}).get("device") == "nvme":

@@ -89,7 +89,7 @@ def enter(phase: Phase) -> None:
 
 
 def name() -> str:
-    """The signal that has come to this rank; `` if none has."""
+    """The signal that has come to this rank; empty if none has."""
     return _listener.name if _listener else ""
 
 

@@ -36,9 +36,8 @@ class Tracker:
         file = recipe.run_folder / "metrics.jsonl"
         last_logged = _cut_back(file, resumed_step if logged_step is None else logged_step)
         self._unwritten: list[str] = []
-        self._rows = file.open(
-            "ab", buffering=0
-        )  # this very file, even if another job replaces it (see fullft/lease.py)
+        # This very file, even if another job replaces it (see lease.py).
+        self._rows = file.open("ab", buffering=0)
         self._run, self._last_step_sent = None, -1
         try:
             self._run, self._last_step_sent = _start_wandb(recipe, last_logged)

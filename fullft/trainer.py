@@ -25,6 +25,7 @@ from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
 from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
+from fullft.saver import Saver
 from fullft.state import leave_marker, remove_marker, set_state
 from fullft.tracking import Tracker
 
@@ -119,7 +120,7 @@ def is_due(step: int, every: int | None, total: int) -> bool:
 
 def set_up(
     recipe: Recipe, cluster: Cluster, inputs: Inputs
-) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, checkpoint.Saver]:
+) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, Saver]:
     """Run folder, model, engine and checkpoint.
 
     Returns:
@@ -163,7 +164,7 @@ def set_up(
     if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
         raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step, step - (unevaluated is not None))
-    saver = checkpoint.Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
+    saver = Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
     if resumed:
@@ -250,7 +251,7 @@ def end_loading_if_asked(recipe: Recipe, cluster: Cluster, next_phase: str) -> N
     watchdog.mark(next_phase)
 
 
-def require_progress(recipe: Recipe, cluster: Cluster, tracker: Tracker, saver: checkpoint.Saver, step: int) -> None:
+def require_progress(recipe: Recipe, cluster: Cluster, tracker: Tracker, saver: Saver, step: int) -> None:
     """Raises TrainingStopped when a signal ends the run and nothing of it could be saved: it would be so each time."""
     if saver.saved_step > saver.resumed_step:
         return
@@ -287,11 +288,11 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
 
 
-def mark_failed(folder: Path) -> None:
+def mark_failed(folder: Path, reason: str) -> None:
     """state.json: failed, if this process owns the folder."""
     if lease.is_held():
         with contextlib.suppress(OSError, LeaseLost):  # what has failed may be the disk
-            set_state(folder, "failed")
+            set_state(folder, "failed", reason=reason)
         lease.release()
 
 

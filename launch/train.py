@@ -57,7 +57,7 @@ def main() -> int:
         return EXIT_DONE
     except BadInput as error:
         tell_others(me, recipe, error)
-        mark_failed(me, recipe)
+        mark_failed(me, recipe, error)
         cluster.exit_bad_input(error, me)
     except Preempted:
         with contextlib.suppress(RuntimeError):  # a rank whose grace period was over has gone
@@ -71,7 +71,7 @@ def main() -> int:
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()
         tell_others(me, recipe, error)
-        mark_failed(me, recipe)
+        mark_failed(me, recipe, error)
     return EXIT_FAILED
 
 
@@ -83,10 +83,10 @@ def tell_others(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseEx
             leave_failure(recipe.run_folder, me.rank, reason)
 
 
-def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None) -> None:
+def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseException) -> None:
     """state.json must not go on saying `running`; only for a run that this process had started."""
     if me is not None and me.is_main and recipe is not None and "fullft.trainer" in sys.modules:
-        sys.modules["fullft.trainer"].mark_failed(recipe.run_folder)
+        sys.modules["fullft.trainer"].mark_failed(recipe.run_folder, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param
 from transformers import AutoModelForCausalLM
 from transformers.integrations import deepspeed
-from fullft import checkpoint, cluster, engine, export, model
+from fullft import cluster, engine, export, model
+from fullft.saver import Saver
 from fullft.tokenizer import load_tokenizer
 from fullft.tracking import Tracker
 from fullft.optim import build_optimizer
@@ -69,7 +70,7 @@ for path in sys.argv[1:]:
     export.export(started, meta, tokenizer, recipe, recipe.export.dtype, "card")
     allocate_optimizer_states(started)
     tracker = Tracker(recipe, me.is_main, 4, 0)
-    saver = checkpoint.Saver(started, run / "checkpoints", recipe.checkpoint, tracker, 0)
+    saver = Saver(started, run / "checkpoints", recipe.checkpoint, tracker, 0)
     saver.copy()
     saver.write({"step": 4})
     saver.wait()

@@ -97,7 +97,7 @@ def test_saving_in_the_background_changes_nothing(recipe: dict[str, Any], launch
 
 def test_without_memory_for_copies_training_waits_for_the_disk(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["checkpoint"] = {"every_steps": 1}
-    none_is_enough = "import fullft.checkpoint\nfullft.checkpoint._SHARE_OF_FREE_MEMORY = 0"
+    none_is_enough = "import fullft.saver\nfullft.saver._SHARE_OF_FREE_MEMORY = 0"
     done = alone(recipe, tmp_path / "recipe.yaml", none_is_enough)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoints are written while training waits: ") == 1

@@ -20,9 +20,11 @@ from conftest import chat, chats, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data import cache, sources
+from fullft.data import pieces as cutting
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
+from fullft.data.pieces import pieces, scan_file
 from fullft.data.prepare import row_tokens
-from fullft.data.sources import Row, pieces, read_piece, read_rows, scan_file, source_files
+from fullft.data.sources import Row, read_piece, read_rows, source_files
 from fullft.data.tokens import Tokens
 from fullft.errors import BadInput
 from fullft.recipe import ROW_FIELDS, Source
@@ -713,9 +715,10 @@ def count_of_pieces(given: Source) -> int:
 
 
 def small_pieces(monkeypatch: pytest.MonkeyPatch, size: int, block: int = 1 << 20) -> None:
-    monkeypatch.setattr(sources, "_PIECES", 1 << 30)
-    monkeypatch.setattr(sources, "_SMALLEST_PIECE", size)
+    monkeypatch.setattr(cutting, "_PIECES", 1 << 30)
+    monkeypatch.setattr(cutting, "_SMALLEST_PIECE", size)
     monkeypatch.setattr(sources, "_BLOCK", block)
+    monkeypatch.setattr(cutting, "_BLOCK", block)
 
 
 @pytest.mark.parametrize(("size", "block"), [(1, 1), (1, 1000), (3, 2), (10, 64), (64, 10), (500, 1 << 20)])
@@ -1162,7 +1165,7 @@ def test_a_source_of_many_files_is_listed_once_and_in_no_time(tmp_path: Path, mo
     cut = pieces(given, scans)
     monkeypatch.setattr(sources, "source_files", lambda _: pytest.fail("listed anew"))
     assert sum(1 for piece in cut for _ in read_piece(given, piece)) == 2000
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # listed for each piece it took many minutes
 
 
 def test_a_piece_is_of_its_file_whatever_comes_into_the_folder(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from conftest import chat, chats, write_jsonl
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fullft.data import leaks, sources
+from fullft.data import leaks
+from fullft.data import pieces as cutting
 from fullft.data.sequences import Sequences
 from fullft.data.training import open_data
 from fullft.errors import BadInput
@@ -289,8 +290,8 @@ def test_rows_of_any_kind_of_file_are_found_by_their_number(
             path.write_text(str(TRAINED).replace("'", '"'))
         case "pieces":
             path = write_jsonl(tmp_path / "a.jsonl", TRAINED)
-            monkeypatch.setattr(sources, "_SMALLEST_PIECE", 200)
-            monkeypatch.setattr(sources, "_PIECES", 1 << 30)
+            monkeypatch.setattr(cutting, "_SMALLEST_PIECE", 200)
+            monkeypatch.setattr(cutting, "_PIECES", 1 << 30)
     assert opened({"path": str(path)}, EVALUATED, on_leak="drop").rows == [CLEAN]
     with pytest.raises(BadInput) as caught:
         opened({"path": str(path)}, EVALUATED, on_leak="error")

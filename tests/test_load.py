@@ -161,6 +161,18 @@ def test_converted_models_cannot_grow(recipe: dict[str, Any], tiny_model: Path, 
         preflight(parse_recipe(recipe), 1)
 
 
+def test_a_vocabulary_that_transformers_would_not_grow_is_refused_before_gpus_are_asked_for(
+    recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    config = json.loads((REPOSITORY / "ds_configs" / "zero3.json").read_text())
+    config["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "hpz.json").write_text(json.dumps(config))
+    recipe |= {"deepspeed": str(tmp_path / "hpz.json")}
+    recipe["model"]["new_tokens"] = ["<|call|>"]
+    with pytest.raises(BadInput, match=r"model\.new_tokens: zero_hpz_partition_size is set"):
+        preflight(parse_recipe(recipe), 2)
+
+
 def test_all_that_does_not_fit_is_one_error(recipe: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
     folder = save_model(CONFIGS["llama"], tiny_model, tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.ranks
 # `fullft …` with pieces so small that a test's file has many; a pause for each row; killed at a row if asked to.
 FULLFT = """
 import os, signal, sys, time
-from fullft.data import prepare, sources
-sources._SMALLEST_PIECE = 2000
+from fullft.data import pieces, prepare
+pieces._SMALLEST_PIECE = 2000
 pause, kill_at, *arguments = sys.argv[1:]
 tokenize = prepare.tokenize
 rows = 0

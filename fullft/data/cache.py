@@ -36,17 +36,9 @@ import numpy
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from fullft.data.pieces import Scan, file_names, scan_file, stat_of
 from fullft.data.progress import progress
-from fullft.data.sources import (
-    Scan,
-    file_names,
-    hub_dataset,
-    kind_of,
-    read_by_datasets,
-    scan_file,
-    source_files,
-    stat_of,
-)
+from fullft.data.sources import hub_dataset, kind_of, read_by_datasets, source_files
 from fullft.data.tokens import backend
 from fullft.errors import BadInput
 from fullft.recipe import Data, Source

@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from fullft.data.cache import TokenSet, scans_of, waiting
 from fullft.data.formats import BadRow, parse_row
+from fullft.data.pieces import Scan, pieces, require_unchanged
 from fullft.data.prepare import run_pieces
 from fullft.data.quality import plain_text, text_key, words
-from fullft.data.sources import Piece, Scan, hub_dataset, kind_of, pieces, read_piece, read_rows, require_unchanged
+from fullft.data.sources import Piece, hub_dataset, kind_of, read_piece, read_rows
 from fullft.errors import BadInput
 from fullft.recipe import Source
 

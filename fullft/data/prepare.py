@@ -30,9 +30,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fullft.data.cache import DOCUMENT, part_name, write_npy
 from fullft.data.formats import BadRow, Conversation, Pretokenized, Text, parse_row
+from fullft.data.pieces import Scan, pieces, require_unchanged
 from fullft.data.progress import progress
 from fullft.data.quality import plain_text, script, text_key, troubles
-from fullft.data.sources import Piece, Row, Scan, pieces, read_piece, require_unchanged, without_rows
+from fullft.data.sources import Piece, Row, read_piece, without_rows
 from fullft.data.tokens import Tokens, tokenize
 from fullft.errors import BadInput
 from fullft.recipe import Source

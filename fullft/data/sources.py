@@ -7,16 +7,14 @@ line is one bad row. Everything is read as a stream: no file, and no row group o
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 
 from fullft.data.formats import used_fields
 from fullft.errors import BadInput
@@ -51,8 +49,6 @@ class Piece:
     rows: int | None = None  # None: all there are
 
 
-_SMALLEST_PIECE, _LARGEST_PIECE, _PIECES = 1 << 20, 64 << 20, 256
-_GROUP_PIECES = 16  # of a Parquet row group: each reads, and drops, what is before it in its group
 _BLOCK = 1 << 20
 _PARQUET_SLICE, _DICTIONARY_BATCH, _PARQUET_BATCH = 16, 128, 1024  # rows
 
@@ -151,160 +147,13 @@ def read_by_datasets(source: Source) -> bool:
     return _is_arrow_folder(path) if path.is_dir() else not source_files(source)
 
 
-# Scanning: one pass over the bytes of a file for its hash and for where it can be cut
+# Reading
 
 
-@dataclass(frozen=True)
-class Scan:
-    """A file, its sha256, (byte, rows before it) where its pieces start if it is .jsonl or .json, and its `stat_of`.
-
-    `rows`: lines of .jsonl, items of .json; None if it is of another kind, or no list in JSON.
-    """
-
-    file: Path
-    sha256: str
-    cuts: list[tuple[int, int]]
-    rows: int | None
-    stat: list[int]
-
-
-def stat_of(file: Path) -> list[int]:
-    """Size, times of modification and change in nanoseconds, inode: another list, another content."""
-    stat = file.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-
-
-def file_names(source: Source, scans: list[Scan]) -> list[str]:
-    """Names of what rows come from, as `Row.file` has them."""
-    return [source.path] if read_by_datasets(source) else [str(scan.file) for scan in scans]
-
-
-def require_unchanged(name: str, source: Source, scans: list[Scan]) -> None:
-    """Raises BadInput when the files of a source are not those that were scanned, or not as they were."""
-    try:
-        same = [(file, stat_of(file)) for file in source_files(source)] == [(scan.file, scan.stat) for scan in scans]
-    except (OSError, BadInput):
-        same = False
-    if not same:
-        raise BadInput(f"data set {name}: its files changed while they were prepared; start again")
-
-
-class _Hashed(io.FileIO):
-    """A file that hashes what is read of it, and tells `advance` how many bytes that is."""
-
-    def __init__(self, file: Path, advance: Callable[[int], None]) -> None:
-        super().__init__(file)
-        self.sha256 = hashlib.sha256()
-        self.advance = advance
-
-    def readinto(self, buffer: Any) -> int:
-        count = super().readinto(buffer) or 0
-        self.sha256.update(memoryview(buffer)[:count])
-        self.advance(count)
-        return count
-
-
-def scan_file(file: Path, advance: Callable[[int], None] = lambda _: None) -> Scan:
-    """Hash a file, and cut it at ends of lines or between items: pieces depend on its content alone."""
-    stat = stat_of(file)
-    step = _step(stat[0] // _PIECES)
-    cuts, rows = [(0, 0)], None
-    with io.BufferedReader(hashed := _Hashed(file, advance), _BLOCK) as content:
-        if kind_of(file) == ".jsonl":
-            cuts, rows = _cut_lines(content, step)
-        elif kind_of(file) == ".json":
-            cuts, rows = _cut_items(file, content, step)
-        while content.read(_BLOCK):
-            pass
-    return Scan(file, hashed.sha256.hexdigest(), cuts, rows, stat)
-
-
-def _step(size: int) -> int:
-    return min(max(size, _SMALLEST_PIECE), _LARGEST_PIECE)
-
-
-def _cut_lines(content: BinaryIO, step: int) -> tuple[list[tuple[int, int]], int]:
-    cuts, at, lines, due = [(0, 0)], 0, 0, step
-    while block := content.read(_BLOCK):
-        while at + len(block) > due and (end := block.find(b"\n", max(due - at, 0))) >= 0:
-            cuts.append((at + end + 1, lines + block.count(b"\n", 0, end + 1)))
-            due = at + end + 1 + step
-        lines += block.count(b"\n")
-        at += len(block)
-    return [cut for cut in cuts if cut[0] < at] or [(0, 0)], lines
-
-
-def _cut_items(file: Path, content: BinaryIO, step: int) -> tuple[list[tuple[int, int]], int | None]:
-    cuts, items = [(0, 0)], 0
-    text = io.TextIOWrapper(content, "utf-8", newline="")
-    try:
-        for byte, _ in _list_items(file, text):
-            if items and byte >= cuts[-1][0] + step:
-                cuts.append((byte, items))
-            items += 1
-    except (ValueError, RecursionError, BadInput):
-        return [(0, 0)], None  # who reads it is told why
-    finally:
-        text.detach()  # it would close `content`
-    return cuts, items
-
-
-def pieces(source: Source, scans: list[Scan]) -> list[Piece]:
-    """How a source is shared among processes; `scans` of its files, in order."""
-    return list(_first_pieces(source, scans) if source.limit is not None else _all_pieces(source, scans))
-
-
-def _all_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
-    if read_by_datasets(source):
-        count = len(hub_dataset(source))
-        count = count if source.limit is None else min(count, source.limit)
-        step = max(count // 32, 1000)  # each piece loads the set anew
-        for start in range(0, max(count, 1), step):
-            size = min(step, count - start)
-            yield Piece(0, None, start, None, start, size, size)
-        return
-    for number, scan in enumerate(scans):
-        if kind_of(scan.file) == ".parquet":
-            yield from _parquet_pieces(scan.file, number)
-            continue
-        ends = [*scan.cuts[1:], (scan.stat[0], scan.rows)]
-        for (start, before), (end, after) in zip(scan.cuts, ends, strict=True):
-            rows = after - before if kind_of(scan.file) == ".json" and after is not None else None
-            yield Piece(number, str(scan.file), start, end, before, end - start, rows)
-
-
-def _first_pieces(source: Source, scans: list[Scan]) -> Iterator[Piece]:
-    """The pieces with the first `limit` rows, the last of them cut; files behind it are not opened, as in reading."""
-    left = source.limit or 0
-    for piece in _all_pieces(source, scans):
-        rows = piece.rows
-        if piece.path is not None and kind_of(Path(piece.path)) == ".jsonl":
-            rows = sum(1 for _ in itertools.islice(_jsonl_lines(Path(piece.path), piece), left))
-        rows = left if rows is None else min(rows, left)  # None: a damaged .json, where reading ends in any case
-        yield replace(piece, rows=rows)
-        left -= rows
-        if not left:
-            return
-
-
-def _parquet_pieces(file: Path, number: int) -> list[Piece]:
-    found, before = [], 0
-    for size, rows in _row_groups(_parquet(file)):
-        step = max(math.ceil(rows * _step(size // _GROUP_PIECES) / max(size, 1)), 1)
-        for start in range(before, before + rows, step):
-            count = min(step, before + rows - start)
-            found.append(Piece(number, str(file), start, None, start, size * count // rows, count))
-        before += rows
-    return found
-
-
-def _row_groups(file: Any) -> list[tuple[int, int]]:
+def row_groups(file: Any) -> list[tuple[int, int]]:
     """(bytes, rows) of the groups of a Parquet file."""
     groups = (file.metadata.row_group(group) for group in range(file.num_row_groups))
     return [(group.total_byte_size, group.num_rows) for group in groups]
-
-
-# Reading
 
 
 def read_rows(source: Source) -> Iterator[Row]:
@@ -345,11 +194,11 @@ def _file_rows(source: Source, file: Path, piece: Piece) -> Iterator[Row]:
 
 
 def _jsonl_rows(file: Path, piece: Piece) -> Iterator[Row]:
-    for number, line in _jsonl_lines(file, piece):
+    for number, line in jsonl_lines(file, piece):
         yield _parsed(str(file), number, line)
 
 
-def _jsonl_lines(file: Path, piece: Piece) -> Iterator[tuple[int, bytes]]:
+def jsonl_lines(file: Path, piece: Piece) -> Iterator[tuple[int, bytes]]:
     """(number, line) of those that are not blank."""
     with file.open("rb") as lines:
         lines.seek(piece.start)
@@ -380,13 +229,13 @@ def _json_rows(file: Path, piece: Piece) -> Iterator[Row]:
     try:
         with file.open("rb") as opened, io.TextIOWrapper(opened, "utf-8", newline="") as content:
             opened.seek(piece.start)
-            for number, (_, value) in enumerate(_list_items(file, content, piece.start), start=piece.rows_before + 1):
+            for number, (_, value) in enumerate(list_items(file, content, piece.start), start=piece.rows_before + 1):
                 yield _row(str(file), number, value)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"data file {file} is not valid JSON: {error}; one object a line is a .jsonl file") from None
 
 
-def _list_items(file: Path, content: TextIO, start: int = 0) -> Iterator[tuple[int, Any]]:
+def list_items(file: Path, content: TextIO, start: int = 0) -> Iterator[tuple[int, Any]]:
     """(its first byte, item) of the one list in a .json file, decoded one by one from a window over its text.
 
     `content` stands at byte `start`: 0, or where an item begins.
@@ -466,7 +315,7 @@ def _not_space(text: str, at: int) -> int:
     return at
 
 
-def _parquet(file: Path) -> Any:
+def open_parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     try:
@@ -478,11 +327,11 @@ def _parquet(file: Path) -> Any:
 
 def _parquet_rows(file: Path, piece: Piece, used: set[str]) -> Iterator[Row]:
     """Other columns than those `used` are not read: their values are None."""
-    opened = _parquet(file)
+    opened = open_parquet(file)
     names: list[str] = opened.schema_arrow.names
     unused = dict.fromkeys(name for name in names if name not in used)
     number = 0
-    for group, (_, rows) in enumerate(_row_groups(opened)):
+    for group, (_, rows) in enumerate(row_groups(opened)):
         if number + rows <= piece.start:
             number += rows
             continue
