@@ -150,7 +150,11 @@ def finished(recipe: Recipe) -> bool:
 
 
 def _sources(recipe: Recipe) -> list[Source]:
-    return [*recipe.data.training_sets, *recipe.data.validation, *(task.data for task in recipe.retention.tasks)]
+    return [
+        *recipe.data.training_sets,
+        *recipe.data.validation,
+        *(task.data for task in recipe.retention.tasks if task.data),
+    ]
 
 
 def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -119,6 +119,10 @@ class Data(Section):
     replay: TrainingSources = Field(
         [], description="general data mixed in against forgetting; each has a fraction of all tokens"
     )
+    replay_weight: float | None = Field(
+        None, ge=0, lt=1, description="share of the replay sets in the loss, whatever the lengths of their texts; "
+        "default: the sum of their fractions"
+    )  # fmt: skip
     validation: Sources = Field([], description="held-out rows of the new task; their loss is logged as eval/loss")
     sequence_length: int = Field(2048, ge=8, description="tokens of one sequence (one packed bin or one row)")
     packing: bool = Field(True, description="fill sequences with several documents; attention never crosses documents")
@@ -187,6 +191,26 @@ class Train(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0: no clipping")
+    layerwise_lr_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of a layer over that of the layer above it; below 1 the layers "
+        "near the input, which hold what is general, move less"
+    )  # fmt: skip
+    l2_pull: float = Field(
+        0.0, ge=0, description="pull to the base weights (L2-SP, decoupled): w += learning rate × l2_pull × (base - w) "
+        "after each update"
+    )  # fmt: skip
+    l2_pull_offload: bool = Field(False, description="keep the base weights of l2_pull in host memory")
+    kl_weight: float = Field(
+        0.0, ge=0, description="weight of the KL divergence from the base model on the replay rows, nats a token"
+    )
+    kl_reference: Literal["cache", "model"] = Field(
+        "cache", description="the base model of kl_weight: its likeliest tokens on the replay rows, computed before "
+        "the first step, or a second copy of it in ZeRO-3 shards (exact)"
+    )  # fmt: skip
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="keep an exponential moving average of the weights, 4 bytes a parameter over all "
+        "ranks, which is what is evaluated and exported; 0: off"
+    )  # fmt: skip
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 on GPU, fp32 on CPU"
     )
@@ -242,23 +266,73 @@ class Task(Section):
     """One thing measured before, during and after training, on the same items."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="stands in file names and metric names")
-    kind: Literal["text", "generate"] = Field(
-        description="text: perplexity and token accuracy; generate: greedy answer compared with the last assistant turn"
-    )
+    kind: Literal["text", "multiple_choice", "generate", "harness"] = Field(
+        description="text: bits per byte, perplexity and token accuracy; multiple_choice: the likeliest choice; "
+        "generate: greedy answer compared with the last assistant turn; harness: a task of lm-evaluation-harness"
+    )  # fmt: skip
     measures: Literal["retention", "skill"] = Field(
         "retention", description="retention: what the base model could do; skill: what it is to learn"
     )
-    data: SourceLike
+    data: SourceLike | None = Field(None, description="rows to measure on; not for kind harness")
+    metric: Literal["acc", "acc_norm"] = Field(
+        "acc", description="multiple_choice: by log-likelihood, or by that over the characters of the choice"
+    )
+    cluster_field: str | None = Field(
+        None,
+        description="column that says which rows belong together (passage, subject), so that errors count them once",
+    )
+    max_drop: float | None = Field(
+        None, ge=0, description="largest loss allowed, in the task's unit; default: retention.gate.max_drop"
+    )
+    harness_task: str | None = Field(None, description="harness: name of the task; default: name")
+    harness_path: str | None = Field(None, description="harness: folder with task files of your own (YAML)")
+    num_fewshot: int | None = Field(None, ge=0, description="harness: examples in the prompt; default: the task's")
+    limit: int | None = Field(None, ge=1, description="harness: take only the first items")
     answer_pattern: Annotated[str | None, AfterValidator(_compiles)] = Field(
         None, description="regular expression; its last match (group 1 if any) in answer and reference is compared"
     )
     max_new_tokens: int = Field(256, ge=1, description="longest generated answer, tokens")
 
+    @model_validator(mode="after")
+    def _has_data(self) -> Task:
+        if (self.data is None) != (self.kind == "harness"):
+            raise ValueError(f"kind {self.kind} {'needs data' if self.data is None else 'has its own data'}")
+        return self
+
+
+class Gate(Section):
+    """What happens when a retention task has lost more than is allowed, beyond doubt."""
+
+    action: Literal["none", "alert", "stop", "rollback"] = Field(
+        "alert", description="alert: tell W&B; stop: save and exit with code 75; rollback: go back to the checkpoint "
+        "before the loss, with a lower learning rate and a stronger pull"
+    )  # fmt: skip
+    max_drop: float = Field(
+        0.02, ge=0, description="largest loss allowed of a task: share of items for accuracies (0.02: two points), "
+        "bits a byte or nats a token for texts"
+    )  # fmt: skip
+    patience: int = Field(2, ge=1, description="evaluations in a row that must show it; the last one counts at once")
+    rollback_lr_factor: float = Field(0.5, gt=0, le=1, description="learning rate after a rollback, over that before")
+    rollback_pull_factor: float = Field(1.0, ge=1, description="l2_pull and kl_weight after it, over those before")
+    max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run; the next breach stops it")
+
 
 class Retention(Section):
     every_steps: int | None = Field(
-        None, ge=1, description="optimizer steps between evaluations; default: only first and last"
-    )
+        None, ge=1, description="optimizer steps between evaluations; default: only first and last, or as often as "
+        "max_overhead allows"
+    )  # fmt: skip
+    max_overhead: float | None = Field(
+        None, gt=0, le=1, description="most time for evaluations while training, as a share of training time: picks "
+        "how often, or with every_steps how many items; the first and the last evaluation are always whole"
+    )  # fmt: skip
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the confidence intervals")
+    kl_tokens: int = Field(
+        16384, ge=0, description="tokens of the training data, and of general text (replay, else text tasks), on which "
+        "the KL divergence from the base model is measured; 0: not measured"
+    )  # fmt: skip
+    kl_top_k: int = Field(64, ge=1, description="tokens of the base model's distribution that are kept for it")
+    gate: Gate = Gate()  # type: ignore[call-arg]
     tasks: list[Task] = Field(
         [], description="tasks, each evaluated before the first step, while training and at the end"
     )
@@ -329,8 +403,8 @@ _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
     "train.micro_batch_size",
     "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
-    "retention.every_steps",
-    "model.trust_remote_code",
+    "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
+    "train.l2_pull_offload", "model.trust_remote_code",
 )  # fmt: skip
 
 

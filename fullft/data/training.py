@@ -45,7 +45,7 @@ def _open_data(
     sets = open_sets(data, tokenizer, recipe.cache_folder, executor)
     cache = recipe.cache_folder
     evaluated = [index("validation", data.validation, cache)] if data.validation else []
-    evaluated += [index(task.name, [task.data], cache) for task in recipe.retention.tasks]
+    evaluated += [index(task.name, [task.data], cache) for task in recipe.retention.tasks if task.data]
     found, warnings, problems = list[Sequences](), list[str](), list[str]()
     for one in sets:
         leaks = find_leaks(one, evaluated, executor)
