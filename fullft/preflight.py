@@ -22,6 +22,7 @@ from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
 from fullft.export import rehearse, require_hub
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
+from fullft.retention import baseline
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -85,7 +86,10 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
-    problems += _prompt_problems(suite, meta) if suite is not None else []
+    if suite is not None:
+        problems += _prompt_problems(suite, meta)
+        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
+            problems += baseline.problems(suite)
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -94,6 +98,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
+    suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,

@@ -33,6 +33,7 @@ class Item:
     text_bytes: int = 0  # text: UTF-8 bytes that the labels spell; 0 for chats
     prompt: list[int] = field(default_factory=list)  # generate: ids up to where the answer begins
     reference: str = ""  # generate: the right answer
+    cluster: str | None = None  # items with the same one are not independent; None: alone
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ class Prepared:
     """A task with its items."""
 
     name: str
-    kind: Literal["text", "generate"]
+    kind: Literal["text", "multiple_choice", "generate", "value"]
     measures: Literal["retention", "skill"]
     items: list[Item]
+    metric: str
+    higher_is_better: bool
+    chance: float | None = None  # score of a model that knows nothing, where the items do not tell it
+    max_drop: float | None = None  # of the gate; None: that of the recipe's gate
     answer_pattern: str | None = None
     max_new_tokens: int = 0
 
@@ -57,15 +62,27 @@ def prepare_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pr
     as_text = partial(text_item, tokenizer=tokenizer, train_on=data.train_on, width=data.sequence_length)
     if data.validation:
         items = _items(VALIDATION, data.validation, as_text, data.on_bad_row, problems)
-        prepared.append(Prepared(VALIDATION, "text", "skill", items))
+        prepared.append(Prepared(VALIDATION, "text", "skill", items, *_text_metric(items)))
     for task in recipe.retention.tasks:
         as_prompt = partial(generate_item, tokenizer=tokenizer, task=task)
         make = as_text if task.kind == "text" else as_prompt
-        items = _items(task.name, [task.data], make, data.on_bad_row, problems)
-        prepared.append(Prepared(task.name, task.kind, task.measures, items, task.answer_pattern, task.max_new_tokens))
+        items = _items(task.name, [task.data] if task.data else [], make, data.on_bad_row, problems)
+        kind: Literal["text", "generate"] = "text" if task.kind == "text" else "generate"
+        metric, higher = _text_metric(items) if kind == "text" else ("exact_match", True)
+        prepared.append(
+            Prepared(
+                task.name, kind, task.measures, items, metric, higher, max_drop=task.max_drop,
+                answer_pattern=task.answer_pattern, max_new_tokens=task.max_new_tokens,
+            )
+        )  # fmt: skip
     if problems:
         raise BadInput(problems)
     return prepared
+
+
+def _text_metric(items: Sequence[Item]) -> tuple[str, bool]:
+    """(metric, whether higher is better): chats have no bytes to divide by."""
+    return ("bits_per_byte" if all(item.text_bytes for item in items) else "loss"), False
 
 
 def _items(
