@@ -175,17 +175,24 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     longest = _longest(meta)
-    needed = {
-        task.name: max(len(item.prompt) for item in task.items) + task.max_new_tokens
-        for task in suite.tasks
-        if task.kind == "generate"
-    }
-    return [
-        f"task {name}: its longest prompt and max_new_tokens make {tokens} tokens, above the model's "
-        f"max_position_embeddings, {longest}"
-        for name, tokens in needed.items()
-        if longest is not None and tokens > longest
-    ]
+    problems = []
+    for task in suite.tasks:
+        if task.kind == "generate":
+            what, tokens = "prompt and max_new_tokens", max(len(item.prompt) for item in task.items)
+            tokens += task.max_new_tokens
+        elif task.kind == "multiple_choice":
+            what, tokens = (
+                "question with a choice",
+                max(len(a) + len(b) - 1 for item in task.items for a, b in item.pairs),
+            )
+        else:
+            continue  # texts are cut into windows, and lm-evaluation-harness cuts the beginning off
+        if longest is not None and tokens > longest:
+            problems.append(
+                f"task {task.name}: its longest {what} make {tokens} tokens, above the model's "
+                f"max_position_embeddings, {longest}"
+            )
+    return problems
 
 
 def _longest(meta: PreTrainedModel) -> int | None:

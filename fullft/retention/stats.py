@@ -37,7 +37,7 @@ ASSUMED_FLIPS = 0.1  # share of items whose correctness changes, where nothing i
 ASSUMED_SPREAD = 0.05  # between documents, of the change in bits per byte or nats a token
 ASSUMED_ICC = 0.05  # correlation of the changes within a cluster
 _LOWER_IS_BETTER = ("bits_per_byte", "loss", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "mse")
-_SHARES = ("acc", "acc_norm", "exact_match", "token_accuracy")  # means of right (1) or wrong (0)
+_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "token_accuracy")  # means of right (1) or wrong (0)
 
 
 def is_higher_better(metric: str) -> bool:
