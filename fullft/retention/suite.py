@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fullft import lease
 from fullft.recipe import Recipe
+from fullft.retention.budget import Budget
 from fullft.retention.run import Batching, run_task, whole_weights
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 
@@ -31,6 +33,7 @@ class Suite:
             sequences, sequences * recipe.data.sequence_length, recipe.retention.generation_batch_size
         )
         self.tasks = prepare_tasks(recipe, tokenizer)
+        self.budget = Budget(recipe)
         self.base: dict[str, float] = {}  # scores of step 0
 
     def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
@@ -39,21 +42,25 @@ class Suite:
         Raises:
             Preempted: a signal came to a rank; on all ranks after the same batch.
         """
+        started = time.perf_counter()
         engine.eval()
         results = {}
+        tasks = self.budget.tasks(self.tasks, step)
         with whole_weights(engine):
-            for prepared in self.tasks:
+            for prepared in tasks:
                 items = run_task(engine, self.tokenizer, prepared, self.batching)
                 results[prepared.name] = _score(prepared, items)
                 if dist.get_rank() == 0:
                     self._write_items(prepared, step, items)
         engine.train()
+        self.budget.took(step, time.perf_counter() - started)
         self._know_base(step, results)
         for name, result in results.items():
             result["base"] = self.base[name]
             worse = result["base"] - result["score"] if result["higher_is_better"] else result["score"] - result["base"]
             result["drop"] = worse
         report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
+        report["whole"] = all(len(part.items) == len(task.items) for part, task in zip(tasks, self.tasks, strict=True))
         if dist.get_rank() == 0:
             _write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
         return report
