@@ -40,6 +40,7 @@ class Budget:
         self.total_steps: int | None = None  # of the run; None: every evaluation is whole
         self._known: dict[str, Any] | None = None  # content of the file, on all ranks
         self._timed: list[float] = []
+        self._seconds = [0.0, 0.0]  # since this start: of steps, of evaluations after step 0
 
     @property
     def every_steps(self) -> int | None:
@@ -50,6 +51,7 @@ class Budget:
 
     def is_due(self, step: int, seconds: float) -> bool:
         """Whether to evaluate after `step`, which took so long. All ranks together, after every step."""
+        self._seconds[0] += seconds
         asked = self.asked is not None and step % self.asked == 0
         if self.max_overhead is not None and "share" not in self._load():
             self._timed.append(seconds)
@@ -67,8 +69,16 @@ class Budget:
 
     def took(self, step: int, seconds: float) -> None:
         """The time of an evaluation; that at step 0 is what the decision is made from."""
-        if step == 0 and self.max_overhead is not None and dist.get_rank() == 0:
+        if step > 0:
+            self._seconds[1] += seconds
+        elif self.max_overhead is not None and dist.get_rank() == 0:
             self._write({"base_seconds": seconds})
+
+    @property
+    def share_of_training(self) -> float | None:
+        """Time of the evaluations since this start, but for that at step 0, over that of the steps."""
+        steps, evaluations = self._seconds
+        return evaluations / steps if steps else None
 
     def _load(self) -> dict[str, Any]:
         """What rank 0 finds in the file, unless it was decided for another wish."""

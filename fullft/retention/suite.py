@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fullft import lease
+from fullft.errors import BadInput
 from fullft.recipe import Recipe
+from fullft.retention import baseline, rollback
+from fullft.retention.baseline import file_name
 from fullft.retention.budget import Budget
+from fullft.retention.evaluation import Evaluation, assemble
+from fullft.retention.gate import decide
+from fullft.retention.report import evaluations
 from fullft.retention.run import Batching, run_task, whole_weights
+from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 
 _SAMPLES_KEPT = 20
@@ -32,102 +40,127 @@ class Suite:
         self.batching = Batching(
             sequences, sequences * recipe.data.sequence_length, recipe.retention.generation_batch_size
         )
+        self.settings = recipe.retention
         self.tasks = prepare_tasks(recipe, tokenizer)
         self.budget = Budget(recipe)
-        self.base: dict[str, float] = {}  # scores of step 0
+        self.total_steps = 0  # of the run, once the data are known (`plan`)
+        self.base: dict[str, list[ItemRecord]] = {}  # rank 0: the records of step 0
+        self._unwritten: dict[Path, str] = {}  # rank 0: of step 0, which a resume cannot do without
 
-    def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
-        """Run every task, write retention/step-….json, its items and samples/, and return the content of the former.
+    def plan(self, total_steps: int) -> None:
+        """What the gate and the budget have to know of the run."""
+        self.total_steps = self.budget.total_steps = total_steps
+
+    @property
+    def looks_planned(self) -> int:
+        """Evaluations after step 0."""
+        every = self.budget.every_steps
+        return 1 if every is None else math.ceil(self.total_steps / every)
+
+    def evaluate(self, engine: Any, step: int, weights: str = "live") -> Evaluation:
+        """Run every task, write retention/step-….json, its items and samples/, and return the content of the former,
+        which is the same on all ranks.
+
+        `weights`: what the engine has meanwhile, "live" or "ema".
 
         Raises:
             Preempted: a signal came to a rank; on all ranks after the same batch.
+            BadInput: the items of step 0 are not there, or are others.
         """
         started = time.perf_counter()
         engine.eval()
-        results = {}
         tasks = self.budget.tasks(self.tasks, step)
+        measured: dict[str, list[ItemRecord]] = {}
         with whole_weights(engine):
             for prepared in tasks:
-                items = run_task(engine, self.tokenizer, prepared, self.batching)
-                results[prepared.name] = _score(prepared, items)
-                if dist.get_rank() == 0:
-                    self._write_items(prepared, step, items)
+                measured[prepared.name] = _records(prepared, run_task(engine, self.tokenizer, prepared, self.batching))
         engine.train()
         self.budget.took(step, time.perf_counter() - started)
-        self._know_base(step, results)
-        for name, result in results.items():
-            result["base"] = self.base[name]
-            worse = result["base"] - result["score"] if result["higher_is_better"] else result["score"] - result["base"]
-            result["drop"] = worse
-        report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
-        report["whole"] = all(len(part.items) == len(task.items) for part, task in zip(tasks, self.tasks, strict=True))
-        if dist.get_rank() == 0:
-            _write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
+        report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started))
         return report
 
-    def _know_base(self, step: int, results: dict[str, Any]) -> None:
-        """The scores of step 0: these, those known, or after a resume those that rank 0 reads. All ranks together."""
+    def _report(self, step: int, measured: dict[str, list[ItemRecord]], weights: str, started: float) -> Evaluation:
+        """Assemble and write an evaluation; rank 0 alone."""
         if step == 0:
-            self.base = {name: result["score"] for name, result in results.items()}
+            self.base = measured
         elif not self.base:
-            found: list[Any] = [None]
-            if dist.get_rank() == 0:
-                found = [json.loads((self.folder / f"{_file_name(0)}.json").read_text())["tasks"]]
-            dist.broadcast_object_list(found, src=0)
-            self.base = {name: task["score"] for name, task in found[0].items()}
+            self.base = baseline.read(self.folder, self.tasks)
+        gate, confidence = self.settings.gate, self.settings.confidence
+        report = assemble(self.tasks, measured, self.base, step, confidence, gate.max_drop)
+        report |= {"weights": weights, "seconds": time.perf_counter() - started}
+        report["share_of_training"] = self.budget.share_of_training
+        before = [one for one in evaluations(self.folder.parent) if one["step"] < step]
+        rollbacks = len(rollback.made(self.folder.parent))
+        report = decide(report, before, gate, confidence, self.looks_planned, step == self.total_steps, rollbacks)
+        self._write(step, measured)
+        about, file = json.dumps(baseline.describe(self), indent=1), self.folder / "suite.json"
+        if not file.exists() or file.read_text() != about:
+            _write(file, about)
+        _write(self.folder / f"{file_name(step)}.json", json.dumps(report, indent=1, allow_nan=False))
+        return report
 
-    def _write_items(self, prepared: Prepared, step: int, items: list[dict[str, Any]]) -> None:
-        lines = [
-            json.dumps(
-                {"item": item.number, "hash": item.key} | ({"cluster": item.cluster} if item.cluster else {}) | result
-            )
-            for item, result in zip(prepared.items, items, strict=True)
-        ]
-        name = f"{_file_name(step)}.{prepared.name}.jsonl"
-        _write(self.folder / "items" / name, "\n".join(lines) + "\n")
-        if "generation" in items[0]:
-            shown = [
-                json.dumps({"prompt": self.tokenizer.decode(item.prompt), "reference": item.reference} | result)
-                for item, result in zip(prepared.items[:_SAMPLES_KEPT], items, strict=False)
-            ]
-            _write(self.samples / name, "\n".join(shown) + "\n")
+    def _write(self, step: int, measured: dict[str, list[ItemRecord]]) -> None:
+        """The items of every task, and the first answers with their prompts."""
+        for prepared in self.tasks:
+            items = measured[prepared.name]
+            name = f"{file_name(step)}.{prepared.name}.jsonl"
+            text = "".join(json.dumps(item) + "\n" for item in items)
+            if not _write(self.folder / "items" / name, text) and step == 0:
+                self._unwritten[self.folder / "items" / name] = text
+            if "generation" in items[0]:
+                shown = [self._sample(prepared, item) for item in items[:_SAMPLES_KEPT]]
+                _write(self.samples / name, "".join(json.dumps(sample) + "\n" for sample in shown))
+        self._unwritten = {file: text for file, text in self._unwritten.items() if step == 0 or not _write(file, text)}
+
+    def _sample(self, prepared: Prepared, record: ItemRecord) -> dict[str, Any]:
+        item = next(item for item in prepared.items if item.number == record["item"])
+        sample = {"prompt": self.tokenizer.decode(item.prompt), "reference": item.reference}
+        return sample | {key: value for key, value in record.items() if key not in ("item", "hash", "cluster")}
 
 
-def _write(file: Path, text: str) -> None:
+def _records(prepared: Prepared, results: list[dict[str, Any]]) -> list[ItemRecord]:
+    """The results of the items as records: what is stored, and all that numbers are made of."""
+    return [
+        {"item": item.number, "hash": item.key} | ({} if item.cluster is None else {"cluster": item.cluster}) | result
+        for item, result in zip(prepared.items, results, strict=True)
+    ]
+
+
+def _from_main(action: Callable[[], Any]) -> Any:
+    """The result of an action of rank 0, on all ranks; a BadInput of it is raised on all. All ranks together."""
+    answer: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except BadInput as error:
+            answer[1] = error.problems
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1]:
+        raise BadInput(answer[1])
+    return answer[0]
+
+
+def _write(file: Path, text: str) -> bool:
+    """Whether it could be written."""
     try:
         lease.write(file, text)
     except OSError as error:  # a full disk does not end a training
         print(f"WARNING: {file} cannot be written ({error}); training goes on", flush=True)
+        return False
+    return True
 
 
-def _score(prepared: Prepared, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """The task's numbers from its items: `score` in `metric`, and more in `extra`."""
-    common: dict[str, Any] = {"kind": prepared.kind, "measures": prepared.measures, "n": len(items)}
-    if prepared.kind != "text":
-        key = "value" if prepared.kind == "value" else "correct"
-        share = sum(item[key] for item in items) / len(items)
-        common |= {"metric": prepared.metric, "higher_is_better": prepared.higher_is_better}
-        return common | {"score": share, "se": math.sqrt(share * (1 - share) / len(items)), "extra": {}}
-    nats = -sum(item["logprob"] for item in items)
-    tokens = sum(item["n_tokens"] for item in items)
-    loss = nats / tokens
-    extra = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": tokens}
-    extra["token_accuracy"] = sum(item["n_correct"] for item in items) / tokens
-    if all(item["n_bytes"] for item in items):
-        bits = nats / math.log(2) / sum(item["n_bytes"] for item in items)
-        return common | {"metric": "bits_per_byte", "higher_is_better": False, "score": bits, "extra": extra}
-    return common | {"metric": "loss", "higher_is_better": False, "score": loss, "extra": extra}
-
-
-def flat_metrics(report: dict[str, Any]) -> dict[str, float]:
-    """The report as metric names: retention/<task>/…, skill/<task>/…, and eval/… for data.validation."""
-    metrics: dict[str, float] = {}
+def flat_metrics(report: Evaluation) -> dict[str, float]:
+    """The report as metric names: retention/<task>/…, skill/<task>/…, eval/… for data.validation, and what they come
+    to. What is not known is left out."""
+    metrics: dict[str, float | None] = {}
     for name, task in report["tasks"].items():
         prefix = "eval" if name == VALIDATION else f"{task['measures']}/{name}"
+        low, high = task["drop_ci"] or (None, None)
         metrics |= {f"{prefix}/{task['metric']}": task["score"], f"{prefix}/drop": task["drop"]}
+        metrics |= {f"{prefix}/drop_lo": low, f"{prefix}/drop_hi": high, f"{prefix}/ratio": task["retention"]}
         metrics |= {f"{prefix}/{key}": value for key, value in task["extra"].items() if key != "tokens"}
-    return metrics
-
-
-def _file_name(step: int) -> str:
-    return f"step-{step:08d}"
+    summary = report["summary"]
+    metrics["retention/average_forgetting"] = summary["average_forgetting"]
+    metrics["retention/worst"] = summary["worst"] and summary["worst"]["drop"]
+    return {name: value for name, value in metrics.items() if value is not None}
