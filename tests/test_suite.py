@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from conftest import REPOSITORY, TEXTS, Launch, chats, torchrun, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data.formats import BadRow, Text, parse_choices, parse_row
+from fullft.data.progress import progress
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import Recipe, Source, parse_recipe
-from fullft.retention.budget import decide, evaluation_tokens, part_of, too_long
+from fullft.retention.budget import Budget, decide, evaluation_tokens, part_of, too_long
 from fullft.retention.tasks import Item, encode_pair, end_of_turn, prepare_tasks
 
 WORDS = ["fox", "lazy dog", "sharded ranks", "a model", "forget", "token", "answer"]
@@ -68,7 +72,7 @@ def write_harness_tasks(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[int, Path]:
-    """The run folder of one training step on each number of ranks."""
+    """The run folder of one training step on each number of ranks; 3 ranks gather the weights layer by layer."""
     folder = tmp_path_factory.mktemp("suite")
     harness = str(write_harness_tasks(folder / "harness"))
     own = [
@@ -94,7 +98,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[int
     for ranks in (1, 2, 3):
         found[ranks] = folder / f"ranks-{ranks}"
         config = write_recipe(recipe | {"run_dir": str(found[ranks])}, folder / f"ranks-{ranks}.yaml")
-        command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(config)]
+        program = "tests/layer_by_layer.py" if ranks == 3 else "launch/train.py"
+        command = [*torchrun(ranks), str(REPOSITORY / program), "--config", str(config)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return found
@@ -362,6 +367,43 @@ def test_a_suite_that_takes_longer_than_the_training_is_refused(recipe: dict[str
     assert too_long(parsed, inputs.suite.tasks, once * 5 / 3, 4, 10**12, 1, True) == ([], [])
     budgeted = recipe_with(recipe, task, every_steps=1, max_overhead=0.1)
     assert too_long(budgeted, inputs.suite.tasks, once / 3, 4, 10**12, 1, True) == ([], [])
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_budget_is_decided_once_and_known_after_a_resume(recipe: dict[str, Any]) -> None:
+    def start(overhead: float) -> Budget:
+        budget = Budget(parse_recipe(recipe | {"retention": {"max_overhead": overhead}}))
+        budget.total_steps = 100
+        return budget
+
+    budget = start(0.1)
+    budget.took(0, 2.0)  # five evaluations in the 10 s that they may take
+    assert not any(budget.is_due(step, 1.0 if step > 1 else 60.0) for step in range(1, 17))
+    assert budget.is_due(17, 1.0)
+    assert budget.every_steps == 17
+    budget.took(17, 1.7)
+    assert budget.share_of_training == pytest.approx(1.7 / 76)
+    resumed = start(0.1)
+    assert resumed.is_due(34, 99.0)
+    assert not resumed.is_due(35, 99.0)
+    other = start(1.0)  # another wish is another decision, from the same evaluation
+    assert not any(other.is_due(step, 1.0) for step in range(35, 40))
+    assert other.every_steps == 5
+    assert other.is_due(100, 1.0)
+
+
+def test_progress_is_told_with_the_time_that_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    for shown in (True, False):
+        with progress(4, "wiki", " batches", seconds=0, shown=shown) as advance:
+            advance(1)
+    assert re.fullmatch(r"wiki: 25% after \d+ s, about \d+ s left\n", capsys.readouterr().out)
 
 
 @pytest.mark.ranks
