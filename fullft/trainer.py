@@ -115,7 +115,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         stopping = signals.heed(signalled)  # the same on all ranks
-        to_evaluate = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
+        to_evaluate = bool(inputs.suite.tasks) and inputs.suite.budget.is_due(step, seconds)
         evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
         abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
         stopping |= abandoned
