@@ -164,6 +164,12 @@ def refresh_model_from_optimizer(engine: Any) -> None:
     """After the fp32 shards have changed: copy them to those that forward uses, and gather resident parameters anew."""
     for _, parameter, shards in optimizer_shards(engine):
         parameter.ds_tensor.copy_(shards["weight"])
+    gather_resident(engine)
+
+
+@torch.no_grad()
+def gather_resident(engine: Any) -> None:
+    """After the shards have changed: small parameters, which every rank keeps whole, anew. All ranks together."""
     if resident := engine.optimizer.persistent_parameters:
         resident[0].partition(resident)
         resident[0].all_gather(resident)
