@@ -153,9 +153,14 @@ def _told(action: Callable[..., T], *arguments: Any) -> T:
         raise BadInput([problem.removeprefix("model.path: ") for problem in error.problems]) from None
 
 
-def folder_of(name: str) -> Path:
-    """The folder of a model: a folder, or a hub name, whose files are downloaded first. Raises BadInput."""
-    return _told(files, Model(path=name), True)  # type: ignore[call-arg]
+def folder_of(name: str, of_recipe: Model | None = None) -> Path:
+    """The folder of a model: a folder, or a hub name, whose files are downloaded first; a recipe's knows the revision.
+
+    Raises:
+        BadInput: there is none.
+    """
+    chosen = of_recipe if of_recipe is not None and of_recipe.path == name else Model(path=name)  # type: ignore[call-arg]
+    return _told(files, chosen, True)
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
@@ -299,7 +304,7 @@ def _number(text: str) -> float:
 
 
 def blend_folders(
-    base: str, tuned: str, out: Path, alpha: float, scales: Sequence[str] = (), trust_remote_code: bool = False
+    base: str, tuned: str, out: Path, alpha: float, scales: Sequence[str] = (), of_recipe: Model | None = None
 ) -> int:
     """Write the blend of two models (folders or hub names) to the new folder `out`; returns the bytes of its weights.
 
@@ -314,8 +319,9 @@ def blend_folders(
     for there, advice in ((out, "give another folder"), (partial, "left by a blend that was killed? Delete it")):
         if there.exists():
             raise BadInput(f"{there} exists, nothing is overwritten; {advice}")
-    folders = folder_of(base), folder_of(tuned)
-    pairs = with_scales(pairs_of_files(*folders, trust_remote_code), scales)
+    folders = folder_of(base, of_recipe), folder_of(tuned)
+    trusted = of_recipe is not None and of_recipe.trust_remote_code
+    pairs = with_scales(pairs_of_files(*folders, trusted), scales)
     new_files = [_like(file, partial) for file in sorted({pair.tuned.file for pair in pairs.values()})]
     partial.mkdir(parents=True)
     try:

@@ -15,10 +15,11 @@ from fullft.cluster import Cluster
 from fullft.engine import start
 from fullft.errors import BadInput
 from fullft.preflight import Measured, preflight_evaluation
-from fullft.recipe import Recipe
+from fullft.recipe import Recipe, load_recipe
+from fullft.retention import baseline
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights
+from fullft.retention.evaluation import Evaluation
 from fullft.retention.report import summary_lines
-from fullft.retention.suite import Evaluation
 from fullft.tokenizer import load_tokenizer
 
 _BASE = "step-00000000"  # in the names of the files of the evaluation that the others are compared with
@@ -36,13 +37,13 @@ def evaluate(recipe: Recipe, name: str, base: str | None, out: Path, me: Cluster
         BadInput: something does not fit, or `out` has an evaluation already.
     """
     require_new(out / "retention")
-    recipe = for_evaluation(recipe, name, out)
+    of_recipe, recipe = recipe.model, for_evaluation(recipe, name, out)
     ready = preflight_evaluation(recipe, me.world_size)
     known = base is not None and Path(base, "retention", f"{_BASE}.json").exists()
     pairs = None
     if base is not None and not known:
         require_shards(ready)
-        folders = folder_of(model_of(base)), folder_of(recipe.model.path)
+        folders = folder_of(model_of(base), of_recipe), folder_of(recipe.model.path, recipe.model)
         pairs = pairs_of_model(*folders, ready.meta, recipe.model.trust_remote_code)
     elif base is not None:
         require_same_tasks(ready, Path(base, "retention"))
@@ -77,6 +78,21 @@ def model_of(name: str) -> str:
     if not (folder / "export" / "config.json").exists():
         raise BadInput(f"{folder} has no export yet; `fullft export {folder} OUT` makes one of a checkpoint")
     return str(folder / "export")
+
+
+def base_and_tuned(models: list[str]) -> tuple[str, str, Recipe | None]:
+    """([BASE,] TUNED) as given → base, tuned, and the recipe of the latter if it is a run folder.
+
+    Raises:
+        BadInput: no base, and the tuned model is not a run folder, whose recipe knows it.
+    """
+    *before, tuned = models
+    recipe = load_recipe(Path(tuned) / "recipe.yaml") if is_run(Path(tuned)) else None
+    if len(before) > 1:
+        raise BadInput(f"{', '.join(models)}: too many models, give [BASE] TUNED")
+    if not before and recipe is None:
+        raise BadInput(f"{tuned} is not a run folder, so its base is not known: give BASE before it")
+    return (before[0] if before else recipe.model.path if recipe else ""), tuned, recipe
 
 
 def is_run(folder: Path) -> bool:
@@ -118,12 +134,12 @@ def require_shards(ready: Measured) -> None:
 
 
 def require_same_tasks(ready: Measured, folder: Path) -> None:
-    """Raises BadInput when an evaluation has not all that the suite is to be compared with."""
-    lacking = [
-        task.name for task in ready.suite.tasks if not (folder / "items" / f"{_BASE}.{task.name}.jsonl").exists()
-    ]
-    if lacking:
-        raise BadInput(f"--base: {folder} has no items of {', '.join(lacking)}; it was measured with another recipe")
+    """Raises BadInput when an evaluation has not the items that the suite measures."""
+    try:
+        baseline.read(folder, ready.suite.tasks)
+    except BadInput as error:
+        advice = "(measured with another recipe, or other data? A model given as --base is measured anew)"
+        raise BadInput([f"--base: {problem.partition(';')[0]} {advice}" for problem in error.problems]) from None
 
 
 def _copy_base(source: Path, target: Path) -> None:
