@@ -235,7 +235,7 @@ def blend(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from fullft.retention.evaluate import base_and_tuned, model_of
 
     base, tuned, recipe = base_and_tuned(models)
-    of_recipe, scales = recipe and recipe.model, arguments.layer_scale
+    of_recipe, scales = recipe.model if recipe else None, arguments.layer_scale
     size = blend_folders(model_of(base), model_of(tuned), Path(out), arguments.alpha, scales, of_recipe)
     print(f"{base} + {arguments.alpha:g} × ({tuned} − {base}): {size / 1e9:.2f} GB in {out}")
 

@@ -117,9 +117,14 @@ def best(points: Sequence[Point]) -> dict[str, Any]:
         lost = ", ".join(_beyond(chosen))
         why = "the knee of skill against retention: no blend that has gained skill keeps every task within its limit"
         why += f", and this one too loses more on {lost}" if lost else ""
-    return {"alpha": chosen["alpha"], "why": f"{why} (skill {_signed(chosen['skill'])}, retention "
-            f"{_signed(chosen['retention'])}; tuned model {_signed(known[-1]['skill'])} and "
-            f"{_signed(known[-1]['retention'])})"}  # fmt: skip
+    return {
+        "alpha": chosen["alpha"],
+        "why": f"{why} ({_place(chosen)}; at α = {known[-1]['alpha']:g}: {_place(known[-1])})",
+    }
+
+
+def _place(one: Point) -> str:
+    return f"skill {_signed(one['skill'])}, retention {_signed(one['retention'])}"
 
 
 def _beyond(one: Point) -> list[str]:
@@ -141,7 +146,7 @@ def _signed(value: float | None) -> str:
 
 
 def table(points: Sequence[Point]) -> str:
-    """A row a blend: skill and retention, and each task's score with its change from α = 0, and the interval of that."""
+    """A row a blend: skill and retention, and each task's score with its change from α = 0 and its interval."""
     names = list(points[0]["tasks"])
     heads = [f"{name} ({points[0]['tasks'][name]['metric']})" for name in names]
     rows = [["α", "skill", "retention", *heads]]
@@ -160,6 +165,6 @@ def _cell(task: dict[str, Any], blended: bool) -> str:
     if not blended or task["drop_ci"] is None:
         return f"{task['score']:.4g}"
     sign = -1 if task["higher_is_better"] else 1
-    change, *interval = (sign * value for value in (task["drop"], *task["drop_ci"]))
+    change, *interval = (sign * value + 0.0 for value in (task["drop"], *task["drop_ci"]))
     low, high = sorted(interval)
     return f"{task['score']:.4g} ({change:+.3g}, {low:+.3g} to {high:+.3g})"
