@@ -158,6 +158,17 @@ def finished(recipe: Recipe) -> bool:
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
 
 
+def stopped_by_gate(recipe: Recipe) -> str:
+    """Why retention.gate has stopped this run, if it has and the gate is still the same; else empty."""
+    try:
+        check_run_folder(recipe)
+    except BadInput:
+        return ""
+    file = recipe.run_folder / "state.json"
+    state = json.loads(file.read_text()) if file.exists() else {}
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
+
+
 def _sources(recipe: Recipe) -> list[Source]:
     return [
         *recipe.data.training_sets,
