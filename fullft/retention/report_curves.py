@@ -1,0 +1,236 @@
+"""The charts of a report: trajectories of the tasks, skill against retention, divergence from the base, training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from fullft.retention.charts import Chart, Line, draw
+from fullft.retention.report_tables import RETENTION, SKILL, Report, escaped, task_names
+from fullft.retention.wording import change, is_share, plane, unit
+
+_TITLES = {  # of metrics.jsonl: title and unit
+    "train/loss": ("training loss", "nats a token"),
+    "train/loss_task": ("loss of the new task", "nats a token"),
+    "train/loss_replay": ("loss of replay", "nats a token"),
+    "train/loss_kl": ("KL to the base on replay", "nats a token"),
+    "train/l2_distance": ("distance to the base weights", ""),
+    "train/learning_rate": ("learning rate", ""),
+    "train/grad_norm": ("gradient norm", ""),
+    "perf/tokens_per_second": ("throughput", "tokens a second"),
+    "perf/mfu": ("share of the peak FLOP/s (MFU)", ""),
+    "memory/peak_gib": ("peak memory of rank 0", "GiB"),
+}
+_TOGETHER = ("train/loss", "train/loss_task", "train/loss_replay")  # one chart, where one run is shown
+
+
+def _grid(charts: Iterable[str]) -> str:
+    drawn = "".join(charts)
+    return f"<div class='grid'>{drawn}</div>" if drawn else ""
+
+
+def trajectories(reports: Sequence[Report]) -> str:
+    charts = _grid(draw(_trajectory(name, reports)) for name in task_names(reports))
+    if not charts:
+        return ""
+    partial = any(one.get("whole") is False for report in reports for one in report["evaluations"])
+    note = (
+        "The band is the confidence interval of the change since step 0, drawn around the score; base is the score at "
+        "step 0, limit the largest loss allowed."
+    )
+    note += (
+        " Empty dots: measured on a part of the items, and set against the base on the same ones." if partial else ""
+    )
+    return f"{charts}<p class='note'>{note}</p>"
+
+
+def _trajectory(name: str, reports: Sequence[Report]) -> Chart:
+    lines: list[Line] = []
+    levels: list[tuple[float, str]] = []
+    events: list[tuple[float, str]] = []
+    task: dict[str, Any] | None = None
+    for at, report in enumerate(reports):
+        found = [(one, one["tasks"][name]) for one in report["evaluations"] if name in one["tasks"]]
+        found = [(one, task) for one, task in found if change(name, task)]
+        if not found:
+            continue
+        task = found[0][1]
+        scale, base = (100.0 if is_share(task["metric"]) else 1.0), found[0][1]["base"]
+        sign = scale if task["higher_is_better"] else -scale
+        line = _score_line(found, base * scale, sign)
+        line.name, line.color, line.run = report["run"], at, at
+        if len(reports) == 1:
+            line.name, line.color, line.run = name, RETENTION if task["measures"] == "retention" else SKILL, None
+        lines.append(line)
+        if not levels:
+            levels = [(base * scale, "base")]
+            if (limit := found[-1][1].get("limit")) is not None:
+                levels.append((base * scale - limit * sign, "limit"))
+        events += _events(report)
+    assert task is not None or not lines
+    metric = task["metric"] if task else ""
+    better = "higher" if task and task["higher_is_better"] else "lower"
+    about = (
+        f"{task['measures']} · {metric.replace('_', ' ')}{', %' if is_share(metric) else ''} · {better} is better"
+        if task
+        else ""
+    )
+    return Chart(name, lines, about, unit="%" if is_share(metric) else unit(metric), levels=levels, events=events)
+
+
+def _score_line(found: Sequence[tuple[dict[str, Any], dict[str, Any]]], base: float, sign: float) -> Line:
+    """The scores: base at step 0 and paired change, which is of the same items also where some were left out."""
+    has_bands = all(task.get("drop_ci") for _, task in found)
+    return Line(
+        "", [one["step"] for one, _ in found], [base - task["drop"] * sign for _, task in found], 0,
+        low=[min(base - bound * sign for bound in task["drop_ci"]) for _, task in found] if has_bands else None,
+        high=[max(base - bound * sign for bound in task["drop_ci"]) for _, task in found] if has_bands else None,
+        dots=len(found) <= 40, hollow=[at for at, (one, _) in enumerate(found) if one.get("whole") is False],
+    )  # fmt: skip
+
+
+def _events(report: Report) -> list[tuple[float, str]]:
+    decisions = [(one["step"], (one.get("gate") or {}).get("decision")) for one in report["evaluations"]]
+    return [
+        (step, f"step {step}: {decision}") for step, decision in decisions if decision in ("alert", "stop", "rollback")
+    ]
+
+
+def frontier(reports: Sequence[Report]) -> str:
+    """The way of each run from the base, and the blends of base and tuned weights."""
+    lines = []
+    for at, report in enumerate(reports):
+        alone = len(reports) == 1
+        path = [(one["step"], point) for one in report["evaluations"] if (point := plane(one["tasks"]))]
+        if len(path) > 1:
+            name = "evaluations of the run" if alone else report["run"]
+            lines.append(_plane_line(name, path, "step {}", 0 if alone else at, None if alone else at))
+        blend = report["blend"] or {}
+        mixed = [(one["alpha"], point) for one in blend.get("points", []) if (point := plane(one["tasks"]))]
+        if mixed:
+            name = "blends of base and tuned" if alone else f"blends of {report['run']}"
+            lines.append(_plane_line(name, sorted(mixed), "α {}", 3 if alone else at, None if alone else at))
+    if not lines:
+        return ""
+    note = (
+        "Right and up is better. Retention and skill: mean change of their tasks since step 0, in points for "
+        "accuracies and in % of the base for losses."
+    )
+    for report in reports:
+        if best := (report["blend"] or {}).get("best"):
+            note += f" Best blend of {report['run']}: α = {best['alpha']:g} ({best['why']})."
+    drawn = draw(
+        Chart(
+            "skill against retention",
+            lines,
+            "each dot is an evaluation",
+            "retention, %",
+            "%",
+            [(0.0, "base")],
+            plane=True,
+        )
+    )
+    return f"<div class='wide'>{drawn}</div><p class='note'>{escaped(note)}</p>"
+
+
+def _plane_line(
+    name: str, points: Sequence[tuple[float, tuple[float, float]]], label: str, color: int, run: int | None
+) -> Line:
+    labels = [label.format(f"{key:,}") for key, _ in points]
+    ends = (
+        [len(points) - 1]
+        if label.startswith("step")
+        else range(len(points))
+        if len(points) < 8
+        else [0, len(points) - 1]
+    )
+    return Line(
+        name, [retention for _, (_, retention) in points], [skill for _, (skill, _) in points], color,
+        dots=True, hollow=range(len(points)) if label.startswith("α") else (), run=run, labels=labels, shown=list(ends),
+    )  # fmt: skip
+
+
+def divergence(reports: Sequence[Report]) -> str:
+    charts = []
+    for key, title in (("kl_new_task", "KL on the new task"), ("kl_general", "KL on general text")):
+        lines = [
+            _over_steps(report, at, len(reports) == 1, lambda one, key=key: one.get(key))
+            for at, report in enumerate(reports)
+        ]
+        charts.append(draw(Chart(title, lines, "base to now, nats a token", unit="nats a token")))
+    lines = [
+        _over_steps(report, at, len(reports) == 1, lambda one: (one.get("drift") or {}).get("all"))
+        for at, report in enumerate(reports)
+    ]
+    charts.append(draw(Chart("drift of all weights", lines, "‖w − w₀‖ / ‖w₀‖")))
+    charts.append(_drift_by_layer(reports))
+    return _grid(charts)
+
+
+def _over_steps(report: Report, at: int, alone: bool, value: Callable[..., float | None]) -> Line:
+    points = [
+        (one["step"], found)
+        for one in report["evaluations"]
+        if (found := value(one.get("divergence") or {})) is not None
+    ]
+    run = None if alone else at
+    return Line(
+        report["run"], [step for step, _ in points], [v for _, v in points], at, dots=len(points) <= 40, run=run
+    )
+
+
+def _drift_by_layer(reports: Sequence[Report]) -> str:
+    lines, notes = [], []
+    for at, report in enumerate(reports):
+        found = [
+            one for one in report["evaluations"] if ((one.get("divergence") or {}).get("drift") or {}).get("layers")
+        ]
+        found = [one for one in found if any(one["divergence"]["drift"]["layers"].values())]
+        alone = len(reports) == 1
+        chosen = (
+            [found[i] for i in sorted({0, (len(found) - 1) // 2, len(found) - 1})] if alone and found else found[-1:]
+        )
+        for color, one in enumerate(chosen):
+            layers = sorted(
+                (int(layer), value)
+                for layer, value in one["divergence"]["drift"]["layers"].items()
+                if value is not None
+            )
+            name = f"step {one['step']:,}" if alone else report["run"]
+            x, y = [layer for layer, _ in layers], [value for _, value in layers]
+            lines.append(Line(name, x, y, color if alone else at, dots=len(x) <= 40, run=None if alone else at))
+        if found and (embed := found[-1]["divergence"]["drift"].get("embed")) is not None:
+            notes.append(f"embeddings {embed:.3g}" + ("" if alone else f" ({report['run']})"))
+    return draw(Chart("drift by layer", lines, "‖w − w₀‖ / ‖w₀‖", "layer", note=", ".join(notes)))
+
+
+def training(reports: Sequence[Report]) -> str:
+    alone = len(reports) == 1
+    together = [key for key in _TOGETHER if alone and key in reports[0]["curves"]]
+    charts = []
+    if len(together) > 1:
+        names = {"train/loss": "all tokens", "train/loss_task": "new task", "train/loss_replay": "replay"}
+        lines = [_curve(names[key], reports[0]["curves"][key], at) for at, key in enumerate(together)]
+        charts.append(
+            draw(Chart("training loss", lines, "nats a token", unit="nats a token", events=_events(reports[0])))
+        )
+    for key, (title, of) in _TITLES.items():
+        if len(together) > 1 and key in together:
+            continue
+        lines = [
+            _curve(report["run"], report["curves"][key], at, None if alone else at)
+            for at, report in enumerate(reports)
+            if key in report["curves"]
+        ]
+        charts.append(draw(Chart(title, lines, of, unit=of, events=_events(reports[0]) if alone else [])))
+    text = _grid(charts)
+    thinned = any("low" in curve for report in reports for curve in report["curves"].values())
+    return text + (
+        "<p class='note'>Long curves: mean of neighbouring steps, with their range as a band.</p>"
+        if thinned and text
+        else ""
+    )
+
+
+def _curve(name: str, curve: dict[str, Any], color: int, run: int | None = None) -> Line:
+    return Line(name, curve["step"], curve["value"], color, curve.get("low"), curve.get("high"), run=run)
