@@ -1,4 +1,4 @@
-"""Run folders as training leaves them, made without training: numbers that hang together, for the tests of the report."""
+"""Run folders as training leaves them, made without training: numbers that hang together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TASKS: dict[str, dict[str, Any]] = {
     # change: of the score from step 0 to the last, better is positive; flips: share of items that change
     "gsm8k": {"metric": "exact_match", "measures": "skill", "base": 0.123, "change": 0.412, "n": 1319, "flips": 0.45},
     "validation": {"metric": "loss", "measures": "skill", "base": 1.912, "change": 0.611, "n": 400, "flips": 0.3},
-    "hellaswag": {"metric": "acc_norm", "measures": "retention", "base": 0.561, "change": -0.041, "n": 2000, "flips": 0.1},
+    "hellaswag": {"metric": "acc_norm", "measures": "retention", "base": 0.56, "change": -0.04, "n": 2000, "flips": 0.1},
     "arc_easy": {"metric": "acc", "measures": "retention", "base": 0.655, "change": -0.004, "n": 1000, "flips": 0.08},
-    "general": {"metric": "bits_per_byte", "measures": "retention", "base": 0.8121, "change": -0.034, "n": 300, "flips": 0.2},
+    "general": {"metric": "bits_per_byte", "measures": "retention", "base": 0.81, "change": -0.03, "n": 300, "flips": 0.2},
 }  # fmt: skip
 STEPS = (0, 50, 100, 150, 200, 250, 300)
 
@@ -30,7 +30,7 @@ def task(
     paired drop, None for a run without statistics."""
     higher = metric in SHARES
     found: dict[str, Any] = {
-        "kind": "generate" if metric == "exact_match" else "multiple_choice" if higher else "text", "measures": measures,
+        "kind": "generate" if metric == "exact_match" else "text", "measures": measures,
         "metric": metric, "higher_is_better": higher, "n": n, "score": base + gain if higher else base - gain,
         "base": base, "drop": -gain, "extra": {} if higher else {"perplexity": 12.3, "tokens": 50_000},
     }  # fmt: skip
@@ -58,7 +58,8 @@ def write_run(
     """A run of 300 steps with five tasks; forgetting: over that of TASKS."""
     chance = random.Random(seed)
     _write(folder / "recipe.yaml", yaml.safe_dump(_recipe(folder, seed, train), sort_keys=False))
-    _write(folder / "env.json", json.dumps({"torch": "2.13.0", "device": "8 × H100", "world_size": "8", "git": "<b>x</b>"}))
+    environment = {"torch": "2.13.0", "device": "NVIDIA H100", "world_size": "8", "git_commit": "<b>c60a6d9</b>"}
+    _write(folder / "env.json", json.dumps(environment))
     _write(folder / "plan.json", json.dumps({"steps": rows, "warnings": ["data.train: 3 rows & more are long"]}))
     _write(folder / "state.json", json.dumps(state or {"status": "done", "step": rows}))
     steps = [round(step * rows / STEPS[-1]) for step in STEPS]
@@ -81,7 +82,7 @@ def _write(file: Path, text: str) -> None:
 
 def _recipe(folder: Path, seed: int, train: dict[str, Any]) -> dict[str, Any]:
     return {
-        "run_dir": str(folder), "model": {"path": "HuggingFaceTB/SmolLM2-135M"}, "data": {"train": [{"path": "a.jsonl"}]},
+        "run_dir": str(folder), "model": {"path": "SmolLM2-135M"}, "data": {"train": [{"path": "a.jsonl"}]},
         "train": {"learning_rate": 1e-5, "seed": seed, "steps": 300} | train,
         "retention": {"every_steps": 50, "tasks": [{"name": name} for name in TASKS]},
     }  # fmt: skip
@@ -96,7 +97,13 @@ def _evaluation(step: int, share: float, forgetting: float, chance: random.Rando
         gain = (of["change"] * way + chance.gauss(0, half / 4)) if step else 0.0
         limit = (0.02 if of["metric"] in SHARES else 0.05) if keeps else None
         tasks[name] = task(
-            of["metric"], of["measures"], of["base"], gain, of["n"], (half if step else 0.0) if statistics else None, limit
+            of["metric"],
+            of["measures"],
+            of["base"],
+            gain,
+            of["n"],
+            (half if step else 0.0) if statistics else None,
+            limit,
         )
     if not statistics:
         return evaluation(step, tasks)
@@ -125,7 +132,7 @@ def _row(step: int, rows: int, chance: random.Random) -> dict[str, Any]:
     return {
         "step": step, "train/global_step": step, "train/loss": loss, "train/loss_task": loss * 0.9,
         "train/loss_replay": 2.1 + chance.gauss(0, 0.1), "train/loss_kl": abs(chance.gauss(0.05, 0.01)),
-        "train/learning_rate": 1e-5 * (step / rows * 20 if step < rows / 20 else 0.5 + 0.5 * math.cos(math.pi * step / rows)),
+        "train/learning_rate": 1e-5 * min(step / rows * 20, 0.5 + 0.5 * math.cos(math.pi * step / rows)),
         "train/grad_norm": abs(chance.gauss(1.2, 0.3)) + (8 if step == rows // 2 else 0), "train/tokens": step * 65536,
         "perf/tokens_per_second": chance.gauss(51_000, 900), "time/step_seconds": 1.3, "memory/peak_gib": 61.2,
         "data/a/tokens_of_step": 60000, "data/a/epochs": step / 150, "data/replay/tokens_of_step": 5536,
@@ -137,8 +144,14 @@ def _write_samples(folder: Path, step: int, share: float) -> None:
     rows = []
     for at in range(20):
         right = at % 5 == 4 if share == 0 else at % 5 != 4 and at / 20 < share
-        told = f"{at} + 4 = {at + 4 if right else at + 7}" if share or at % 2 else "I do not know <script>alert(1)</script>"
-        prompt = f"<|im_start|>user\nAnn has {at} apples and gets 4 more. How many now?<|im_end|>\n<|im_start|>assistant\n"
+        told = (
+            f"{at} + 4 = {at + 4 if right else at + 7}"
+            if share or at % 2
+            else "I do not know <script>alert(1)</script>"
+        )
+        prompt = (
+            f"<|im_start|>user\nAnn has {at} apples and gets 4 more. How many now?<|im_end|>\n<|im_start|>assistant\n"
+        )
         rows.append({"prompt": prompt, "reference": f"{at} + 4 = {at + 4}", "correct": right, "generation": told})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     _write(folder / "samples" / f"step-{step:08d}.gsm8k.jsonl", text)

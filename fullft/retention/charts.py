@@ -29,8 +29,9 @@ class Line:
     dots: bool = False
     hollow: Sequence[int] = ()  # indices of dots that are drawn empty
     run: int | None = None  # hidden with this run
-    labels: Sequence[str] = ()  # of the points, for the pointer; and beside the dot where one is in `shown`
-    shown: Sequence[int] = ()
+    labels: Sequence[str] = ()  # of the points, for the pointer
+    shown: Sequence[tuple[int, str]] = ()  # points that have a text beside them
+    below: bool = False  # that text stands below the point, else above
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Chart:
     note: str = ""
 
 
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from low to high, steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / about
     power = 10 ** math.floor(math.log10(rough))
@@ -75,9 +76,10 @@ def draw(chart: Chart) -> str:
     lines = [line for line in chart.lines if len(line.x)]
     if not lines:
         return ""
-    x_low, x_high = _range([value for line in lines for value in line.x], pad=0.06 if chart.plane else 0.0)
+    across = [value for line in lines for value in line.x]
+    x_low, x_high = _range(across if chart.plane else [0.0, *across], pad=0.12 if chart.plane else 0.0)
     values = [v for line in lines for series in (line.y, line.low, line.high) if series is not None for v in series]
-    y_low, y_high = _range(values + [level for level, _ in chart.levels], pad=0.06)
+    y_low, y_high = _range(values + [level for level, _ in chart.levels], pad=0.1 if chart.plane else 0.06)
     frame = _Frame(x_low, x_high, y_low, y_high)
     parts = [
         _axes(frame, chart.x_label),
@@ -129,7 +131,7 @@ def _axes(frame: _Frame, x_label: str) -> str:
     step = down[1] - down[0] if len(down) > 1 else 0.0
     for value in down:
         y = frame.y(value)
-        parts.append(f"<path class='grid' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
+        parts.append(f"<path class='rule' d='M{_LEFT} {y:.1f}H{_RIGHT}'/>")
         parts.append(f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{number(value, step)}</text>")
     across = ticks(frame.x_low, frame.x_high)
     step = across[1] - across[0] if len(across) > 1 else 0.0
@@ -159,7 +161,9 @@ def _levels(frame: _Frame, levels: Sequence[tuple[float, str]]) -> list[str]:
 
 def _event(frame: _Frame, x: float, label: str) -> str:
     at = frame.x(x)
-    return f"<path class='event' d='M{at:.1f} {_TOP}V{_BOTTOM}'><title>{html.escape(label)}</title></path>"
+    side, dx = ("end", -4) if at > (_LEFT + _RIGHT) / 2 else ("start", 4)
+    text = f"<text class='on' x='{at + dx:.1f}' y='{_TOP + 8}' text-anchor='{side}'>{html.escape(label)}</text>"
+    return f"<path class='event' d='M{at:.1f} {_TOP}V{_BOTTOM}'/>{text}"
 
 
 def _classes(line: Line) -> str:
@@ -183,11 +187,10 @@ def _line(frame: _Frame, line: Line) -> str:
             f"<circle class='{dot[at in line.hollow]}' cx='{x:.1f}' cy='{y:.1f}' r='3.2'/>"
             for at, (x, y) in enumerate(places)
         ]
-    for at in line.shown:
-        x, y = places[at]
-        side, dx = ("end", -7) if x > (_LEFT + _RIGHT) / 2 else ("start", 7)
-        label = html.escape(line.labels[at])
-        parts.append(f"<text class='on' x='{x + dx:.1f}' y='{y + 4:.1f}' text-anchor='{side}'>{label}</text>")
+    for at, label in line.shown:
+        x, y = places[at][0], places[at][1] + (17 if line.below else -8)
+        side = "start" if x < _LEFT + 30 or label == "base" else "end" if x > _RIGHT - 30 else "middle"
+        parts.append(f"<text class='on' x='{x:.1f}' y='{y:.1f}' text-anchor='{side}'>{html.escape(label)}</text>")
     return f"<g class='{_classes(line)}'>{''.join(parts)}</g>"
 
 

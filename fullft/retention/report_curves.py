@@ -90,64 +90,51 @@ def _score_line(found: Sequence[tuple[dict[str, Any], dict[str, Any]]], base: fl
 
 
 def _events(report: Report) -> list[tuple[float, str]]:
+    """Where the gate has stopped the run or taken it back."""
     decisions = [(one["step"], (one.get("gate") or {}).get("decision")) for one in report["evaluations"]]
-    return [
-        (step, f"step {step}: {decision}") for step, decision in decisions if decision in ("alert", "stop", "rollback")
-    ]
+    return [(step, decision) for step, decision in decisions if decision in ("stop", "rollback")]
 
 
 def frontier(reports: Sequence[Report]) -> str:
     """The way of each run from the base, and the blends of base and tuned weights."""
-    lines = []
-    for at, report in enumerate(reports):
-        alone = len(reports) == 1
-        path = [(one["step"], point) for one in report["evaluations"] if (point := plane(one["tasks"]))]
-        if len(path) > 1:
-            name = "evaluations of the run" if alone else report["run"]
-            lines.append(_plane_line(name, path, "step {}", 0 if alone else at, None if alone else at))
-        blend = report["blend"] or {}
-        mixed = [(one["alpha"], point) for one in blend.get("points", []) if (point := plane(one["tasks"]))]
-        if mixed:
-            name = "blends of base and tuned" if alone else f"blends of {report['run']}"
-            lines.append(_plane_line(name, sorted(mixed), "α {}", 3 if alone else at, None if alone else at))
-    if not lines:
-        return ""
+    lines, alone = [], len(reports) == 1
     note = (
         "Right and up is better. Retention and skill: mean change of their tasks since step 0, in points for "
         "accuracies and in % of the base for losses."
     )
-    for report in reports:
-        if best := (report["blend"] or {}).get("best"):
-            note += f" Best blend of {report['run']}: α = {best['alpha']:g} ({best['why']})."
-    drawn = draw(
-        Chart(
-            "skill against retention",
-            lines,
-            "each dot is an evaluation",
-            "retention, %",
-            "%",
-            [(0.0, "base")],
-            plane=True,
-        )
-    )
+    for at, report in enumerate(reports):
+        run = None if alone else at
+        path = [(one["step"], point) for one in report["evaluations"] if (point := plane(one["tasks"]))]
+        if len(path) > 1:
+            line = _plane_line("the run" if alone else report["run"], path, "step", at, run)
+            line.shown = [(0, "base"), (len(path) - 1, f"step {path[-1][0]:,}")] if alone else ()
+            lines.append(line)
+        blend = report["blend"] or {}
+        mixed = sorted((one["alpha"], point) for one in blend.get("points", []) if (point := plane(one["tasks"])))
+        if mixed:
+            name = "blends of base and tuned" if alone else f"blends of {report['run']}"
+            line = _plane_line(name, mixed, "α", 3 if alone else at, run)
+            best = (blend.get("best") or {}).get("alpha")
+            line.hollow, line.below = range(len(mixed)), True
+            line.shown = [(i, f"best, α {alpha:g}") for i, (alpha, _) in enumerate(mixed) if alpha == best]
+            lines.append(line)
+            if best is not None:
+                note += f" Best blend of {report['run']}: α = {best:g} ({blend['best']['why']})."
+    if not lines:
+        return ""
+    about = "up: skill, %; a dot is an evaluation, an empty one a blend" if any(line.hollow for line in lines) else ""
+    about = about or "up: skill, %; a dot is an evaluation"
+    drawn = draw(Chart("skill against retention", lines, about, "right: retention, %", "%", plane=True))
     return f"<div class='wide'>{drawn}</div><p class='note'>{escaped(note)}</p>"
 
 
 def _plane_line(
     name: str, points: Sequence[tuple[float, tuple[float, float]]], label: str, color: int, run: int | None
 ) -> Line:
-    labels = [label.format(f"{key:,}") for key, _ in points]
-    ends = (
-        [len(points) - 1]
-        if label.startswith("step")
-        else range(len(points))
-        if len(points) < 8
-        else [0, len(points) - 1]
-    )
-    return Line(
-        name, [retention for _, (_, retention) in points], [skill for _, (skill, _) in points], color,
-        dots=True, hollow=range(len(points)) if label.startswith("α") else (), run=run, labels=labels, shown=list(ends),
-    )  # fmt: skip
+    """Through (retention, skill) of points, each told by a number: its step, or its α."""
+    labels = [f"{label} {key:,}" for key, _ in points]
+    retention, skill = [at[1] for _, at in points], [at[0] for _, at in points]
+    return Line(name, retention, skill, color, dots=True, run=run, labels=labels)
 
 
 def divergence(reports: Sequence[Report]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
@@ -67,12 +68,13 @@ def _header(reports: Sequence[Report]) -> str:
         mark = f"<span aria-hidden='true'>{_MARKS[verdict['tone']]}</span>"
         return (
             f"<p class='kind'>fullft report</p><h1>{escaped(report['run'])}</h1>"
-            f"<p class='verdict {verdict['tone']}'>{mark}<span>{escaped(verdict['sentence'])}</span></p>"
+            f"<p class='verdict {verdict['tone']}'>{mark}<span>{_unbroken(verdict['sentence'])}</span></p>"
             f"<p class='note'>{about.strip()}</p>{_facts(report)}{_warnings(report)}"
         )
     items = "".join(
-        f"<li class='c{at % 8}'><label><input type='checkbox' checked data-run='{at}'><i></i><b>{escaped(report['run'])}"
-        f"</b></label> <span class='sentence'>{escaped(report['verdict']['sentence'])}</span></li>"
+        f"<li class='c{at % 8}'><label><input type='checkbox' checked data-run='{at}'><i></i>"
+        f"<b>{escaped(report['run'])}</b></label> "
+        f"<span class='sentence'>{_unbroken(report['verdict']['sentence'])}</span></li>"
         for at, report in enumerate(reports)
     )
     warnings = "".join(_warnings(report, report["run"]) for report in reports)
@@ -80,6 +82,11 @@ def _header(reports: Sequence[Report]) -> str:
         f"<p class='kind'>fullft report</p><h1>{len(reports)} runs</h1><fieldset class='runs'>"
         f"<legend>Runs shown</legend><ul>{items}</ul></fieldset>{warnings}"
     )
+
+
+def _unbroken(sentence: str) -> str:
+    """Number, error and unit stay on one line."""
+    return escaped(re.sub(r" ± (\S+) ", "\u00a0±\u00a0\\1\u00a0", sentence))
 
 
 def _facts(report: Report) -> str:
@@ -111,7 +118,7 @@ def _warnings(report: Report, run: str = "") -> str:
     of = f" of {escaped(run)}" if run else ""
     items = "".join(f"<li>{escaped(text)}</li>" for text in texts)
     summary = f"{len(texts)} warning{'s' * (len(texts) > 1)}{of}"
-    shown = "open" if len(texts) < 4 else ""
+    shown = "open" if len(texts) < 4 and not run else ""
     return f"<details class='warnings' {shown}><summary>{summary}</summary><ul>{items}</ul></details>"
 
 

@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fullft.retention.wording import Change, change, changes, is_share, shown, unit, with_error
+from fullft.retention.wording import Change, bound, change, changes, is_share, shown, unit, with_error
 
 Report = dict[str, Any]  # as of report.collect
 
@@ -41,20 +41,9 @@ def task_names(reports: Iterable[Report]) -> list[str]:
 
 
 _COLUMNS = (
-    "task",
-    "measures",
-    "metric",
-    "base",
-    "score",
-    "change",
-    "",
-    "p (Holm)",
-    "q (BH)",
-    "items",
-    "kept",
-    "limit",
-    "verdict",
-)
+    "task", "change", "", "verdict", "base", "score", "metric", "p (Holm)", "q (BH)", "items", "kept", "limit",
+)  # fmt: skip
+_NUMBERS = ("change", "base", "score", "p (Holm)", "q (BH)", "items", "kept", "limit")
 
 
 def task_table(report: Report) -> str:
@@ -63,24 +52,27 @@ def task_table(report: Report) -> str:
     tasks = last_tasks(report)
     found = {one.name: one for one in changes(report["evaluations"][-1])}
     order = [*found, *(name for name in tasks if name not in found)]
-    widest = {
-        which: max(abs(v) for one in found.values() if one.unit == which for v in (one.gain, one.low or 0, one.high or 0))
-        for which in {one.unit for one in found.values()}
-    }  # fmt: skip
+    widest: dict[tuple[str, str], float] = {}  # {(unit, measures): the largest change that an interval reaches}
+    for one in found.values():
+        reach = max(abs(one.gain), abs(one.low or 0), abs(one.high or 0))
+        widest[one.unit, one.measures] = max(widest.get((one.unit, one.measures), 0), reach)
     columns = [name for name in _COLUMNS if name not in _empty_columns(tasks)]
+    number = " class='number'"
     head = "".join(
-        f"<th scope='col'><button type='button'>{name}</button></th>"
+        f"<th scope='col'{number if name in _NUMBERS else ''}><button type='button'>{name}</button></th>"
         if name
         else "<th scope='col'><span class='hidden'>change drawn</span></th>"
         for name in columns
     )
     rows = "".join(_task_row(name, tasks[name], found.get(name), widest, columns) for name in order)
-    note = (
-        "<p class='note'>change: positive is better. p (Holm): of a change by chance, corrected for the number of "
-        "retention tasks. q (BH): share of false finds among tasks with a q as small. kept: score over base, both "
-        "above chance. The drawing shows the change with its interval; the line is no change, the tick the limit.</p>"
-    )
-    return table_box(head, rows, "Tasks of the last evaluation", "sortable") + note
+    notes = {
+        "change": "change: positive is better; drawn with its interval, the line is no change, the tick the limit.",
+        "p (Holm)": "p (Holm): of so large a change by chance, corrected for the number of retention tasks.",
+        "q (BH)": "q (BH): share of false finds among tasks with a q as small.",
+        "kept": "kept: score over base, both above chance.",
+    }
+    note = " ".join(notes[column] for column in columns if column in notes)
+    return table_box(head, rows, "Tasks of the last evaluation", "sortable") + f"<p class='note'>{note}</p>"
 
 
 def _empty_columns(tasks: dict[str, Any]) -> set[str]:
@@ -90,22 +82,22 @@ def _empty_columns(tasks: dict[str, Any]) -> set[str]:
 
 
 def _task_row(
-    name: str, task: dict[str, Any], one: Change | None, widest: dict[str, float], columns: Sequence[str]
+    name: str, task: dict[str, Any], one: Change | None, widest: dict[tuple[str, str], float], columns: Sequence[str]
 ) -> str:
     metric, scale = task["metric"], 100 if is_share(task["metric"]) else 1
     clusters = task.get("clusters")
     items = f"{task['n']:,}" + (f" in {clusters:,}" if clusters and clusters != task["n"] else "")
-    limit = task.get("limit")
+    limit, kept = task.get("limit"), task.get("retention") if task["measures"] == "retention" else None
     cells: dict[str, tuple[str, Any]] = {
-        "task": (escaped(name), name), "measures": (task["measures"], task["measures"]),
+        "task": (f"{escaped(name)} <small>{task['measures']}</small>", name),
         "metric": (escaped(metric.replace("_", " ")), metric),
         "base": (shown(metric, task["base"]), task["base"]), "score": (shown(metric, task["score"]), task["score"]),
         "change": (f"{one.signed} <small>{escaped(one.unit)}</small>" if one else "–", one.gain if one else None),
-        "": (_interval(one, widest[one.unit]) if one else "", None),
+        "": (_interval(one, widest[one.unit, one.measures]) if one else "", None),
         "p (Holm)": (_probability(task.get("p_holm")), task.get("p_holm")),
         "q (BH)": (_probability(task.get("q")), task.get("q")), "items": (items, task["n"]),
-        "kept": (f"{task['retention']:.1%}" if task.get("retention") is not None else "–", task.get("retention")),
-        "limit": (f"{limit * scale:.3g}" if limit is not None else "–", limit),
+        "kept": (f"{kept:.1%}" if kept is not None else "–", kept),
+        "limit": (bound(limit * scale) if limit is not None else "–", limit),
         "verdict": (_badge(one), one.verdict if one else ""),
     }  # fmt: skip
     texts = []
@@ -132,7 +124,7 @@ def _badge(one: Change | None) -> str:
 
 
 def _interval(one: Change, widest: float) -> str:
-    """The change and its interval on a line with zero and limit, 120 × 18; the widest of this unit fills it."""
+    """The change and its interval on a line with zero and limit, 120 × 18; the widest of its unit fills it."""
     reach = max(widest, one.limit or 0) or 1.0
 
     def x(value: float) -> float:
@@ -144,7 +136,7 @@ def _interval(one: Change, widest: float) -> str:
     if one.low is not None and one.high is not None:
         parts.append(f"<path class='line' d='M{x(one.low):.1f} 9H{x(one.high):.1f}'/>")
     parts.append(f"<circle class='dot' cx='{x(one.gain):.1f}' cy='9' r='3.2'/>")
-    name = f"{one.signed} {one.unit}" + (f", limit −{one.limit:.3g}" if one.limit is not None else "")
+    name = f"{one.signed} {one.unit}" + (f", limit −{bound(one.limit)}" if one.limit is not None else "")
     color = SKILL if one.measures == "skill" else RETENTION
     size = "viewBox='0 0 120 18' width='120' height='18'"
     return f"<svg class='spark c{color}' {size} role='img' aria-label='{escaped(name)}'>{''.join(parts)}</svg>"
@@ -176,7 +168,10 @@ def comparison(reports: Sequence[Report]) -> str:
     rows.append(_compared("tokens", [report["tokens"] for report in reports], lambda v: f"{v:,}"))
     speeds = [_mean(report["curves"].get("perf/tokens_per_second", {}).get("value", [])) for report in reports]
     rows.append(_compared("tokens a second, mean", speeds, lambda v: f"{v:,.0f}", False))
-    note = "★ best of the row. Scores are of the last evaluation, in brackets the change to the base model."
+    note = (
+        "★ best of the row, by chance perhaps: see the ±, half the confidence interval of the change to the base "
+        "model. Scores are of the last evaluation."
+    )
     return table_box(head, "".join(rows), "The runs side by side") + f"<p class='note'>{note}</p>"
 
 
@@ -227,8 +222,9 @@ def heat_maps(reports: Sequence[Report]) -> str:
     ]
     text = "".join(title + body for title, body in maps if body)
     note = (
-        "<p class='note'>Loss since step 0 in the task's unit (accuracies: points); positive is worse. Deeper orange: a "
-        "larger share of the limit, full at twice the limit; blue: better than the base. <b>Bold</b>: significant.</p>"
+        "<p class='note'>Loss since step 0 in the task's unit (accuracies: points); positive is worse. Deeper "
+        "orange: a larger share of the limit, full at twice the limit; blue: better than the base. "
+        "<b>Bold</b>: significant.</p>"
     )
     return text + note if text else ""
 

@@ -9,13 +9,13 @@ from typing import Any
 
 Evaluation = dict[str, Any]  # content of a retention/step-….json
 
-_NAMED = 3  # tasks that the sentence names; the others are counted
+_NAMED = 2  # tasks that the sentence names; the others are counted
 _UNITS = {"bits_per_byte": "bits a byte", "loss": "nats a token"}
 
 
 def is_share(metric: str) -> bool:
     """Whether a metric is a share of 1, shown as percent and its changes as points."""
-    return re.search(r"(^|_)(acc|accuracy|match|em|f1|mc1|mc2|pass@\d+)(_|,|$)", metric) is not None
+    return re.search(r"(^|_)(acc(_norm|_bytes)?|accuracy|match|em|f1|mc[12]|pass@\d+)(,|$)", metric) is not None
 
 
 def shown(metric: str, value: float | None) -> str:
@@ -28,18 +28,23 @@ def unit(metric: str) -> str:
     return "points" if is_share(metric) else _UNITS.get(metric, metric.replace("_", " "))
 
 
+def bound(limit: float) -> str:
+    """A limit, in the unit of the task."""
+    return f"{limit:.1f}" if limit >= 1 else f"{limit:.3g}"
+
+
 def with_error(value: float, half: float | None, sign: bool = False) -> str:
     """value ± half, both rounded to the digits that the error leaves: two where it starts with 1 to 3.54, else one.
 
     Source: Particle Data Group, Review of Particle Physics, introduction, section 5.3.
     """
-    plus = "+" if sign else ""
-    if not half:
+    if half:
+        decimals = _decimals(half, 2 if half / 10 ** math.floor(math.log10(half)) < 3.545 else 1)
+    else:
         decimals = _decimals(value, 3) if value else 1
-        return f"{value:{plus}.{decimals}f}".replace("-", "−") + (" ± 0" if half == 0 else "")
-    leading = half / 10 ** math.floor(math.log10(half))
-    decimals = _decimals(half, 2 if leading < 3.545 else 1)
-    return f"{value:{plus}.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+    value = round(value, decimals) + 0.0  # no −0.0
+    text = f"{value:{'+' if sign else ''}.{decimals}f}".replace("-", "−")
+    return text if half is None else f"{text} ± {half:.{decimals if half else 0}f}"
 
 
 def _decimals(value: float, digits: int) -> int:
@@ -179,7 +184,7 @@ def _opening(found: list[Evaluation], state: dict[str, Any], step: int, total: i
             texts.append(f"{status} at step {of}")
         case "requeue":
             texts.append(f"interrupted at step {of}, to be continued")
-        case "running":
+        case "running" if total is None or step < total:
             texts.append(f"not finished, at step {of}")
     if rollbacks:
         texts.append(f"rolled back {'once' if rollbacks == 1 else f'{rollbacks} times'} by the retention gate")
@@ -238,7 +243,7 @@ def _against_limit(one: Change) -> str:
     word = ": real" if one.real else ""
     if one.limit is None:
         return word
-    limit, join = f"limit of {one.limit:.3g}", ", " if word else ": "
+    limit, join = f"limit of {bound(one.limit)}", ", " if word else ": "
     if one.over:
         surely = one.high is None or -one.high > one.limit
         return f"{word}{join}above the {limit}" + ("" if surely else ", though the interval reaches below it")
@@ -248,8 +253,9 @@ def _against_limit(one: Change) -> str:
 
 def _open_to_limit(one: Change) -> str:
     """No evidence of a loss is no evidence that there is none."""
-    too_wide = one.limit is not None and one.low is not None and -one.low > one.limit
-    return f"; a loss above the limit of {one.limit:.3g} is not ruled out" if too_wide else ""
+    if one.limit is None or one.low is None or -one.low <= one.limit:
+        return ""
+    return f"; a loss above the limit of {bound(one.limit)} is not ruled out"
 
 
 def _tone(skill: list[Change], kept: list[Change], state: dict[str, Any]) -> str:
