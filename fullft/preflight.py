@@ -21,7 +21,9 @@ from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
 from fullft.export import rehearse, require_hub
+from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
+from fullft.retention import baseline
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -76,6 +78,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if meta is not None and tokenizer is not None:
         problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
+    if meta is not None and recipe.train.layerwise_lr_decay < 1:
+        attempt(layer_depths, meta)
+    problems += _remedy_problems(recipe, config or {})
     if problems or config is None or geometry is None or meta is None or tokenizer is None:
         raise BadInput(problems)
 
@@ -85,7 +90,10 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
-    problems += _prompt_problems(suite, meta) if suite is not None else []
+    if suite is not None:
+        problems += _prompt_problems(suite, meta)
+        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
+            problems += baseline.problems(suite)
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -94,6 +102,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
+    suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -149,6 +158,17 @@ def finished(recipe: Recipe) -> bool:
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
 
 
+def stopped_by_gate(recipe: Recipe) -> str:
+    """Why retention.gate has stopped this run, if it has and the gate is still the same; else empty."""
+    try:
+        check_run_folder(recipe)
+    except BadInput:
+        return ""
+    file = recipe.run_folder / "state.json"
+    state = json.loads(file.read_text()) if file.exists() else {}
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
+
+
 def _sources(recipe: Recipe) -> list[Source]:
     return [
         *recipe.data.training_sets,
@@ -170,17 +190,24 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     longest = _longest(meta)
-    needed = {
-        task.name: max(len(item.prompt) for item in task.items) + task.max_new_tokens
-        for task in suite.tasks
-        if task.kind == "generate"
-    }
-    return [
-        f"task {name}: its longest prompt and max_new_tokens make {tokens} tokens, above the model's "
-        f"max_position_embeddings, {longest}"
-        for name, tokens in needed.items()
-        if longest is not None and tokens > longest
-    ]
+    problems = []
+    for task in suite.tasks:
+        if task.kind == "generate":
+            what, tokens = "prompt and max_new_tokens", max(len(item.prompt) for item in task.items)
+            tokens += task.max_new_tokens
+        elif task.kind == "multiple_choice":
+            what, tokens = (
+                "question with a choice",
+                max(len(a) + len(b) - 1 for item in task.items for a, b in item.pairs),
+            )
+        else:
+            continue  # texts are cut into windows, and lm-evaluation-harness cuts the beginning off
+        if longest is not None and tokens > longest:
+            problems.append(
+                f"task {task.name}: its longest {what} make {tokens} tokens, above the model's "
+                f"max_position_embeddings, {longest}"
+            )
+    return problems
 
 
 def _longest(meta: PreTrainedModel) -> int | None:
@@ -195,6 +222,22 @@ def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
         f"data.sequence_length: {recipe.data.sequence_length} is above the model's max_position_embeddings, "
         f"{longest}; lower it, or extend the model's context in its config first"
     ]
+
+
+def _remedy_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
+    train, problems = recipe.train, []
+    if train.kl_weight and not recipe.data.replay:
+        problems.append(
+            "train.kl_weight: the divergence is taken on replay rows; give data.replay a set, or leave it out"
+        )
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    elsewhere = "device nvme" if offload.get("device") == "nvme" else "a ratio" if offload.get("ratio", 1) < 1 else ""
+    if (train.l2_pull or train.ema_decay) and elsewhere:
+        problems.append(
+            f"deepspeed: {recipe.deepspeed} has offload_optimizer with {elsewhere}, with which train.l2_pull and "
+            "train.ema_decay do not work; offload to cpu, all of it"
+        )
+    return problems
 
 
 def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:

@@ -30,8 +30,10 @@ from fullft.checkpoint import MANIFEST, Tensors, all_complete, entry_of, newest,
 from fullft.cluster import available_host_memory, is_shared
 from fullft.errors import LeaseLost
 from fullft.recipe import Checkpoint
+from fullft.retention import rollback
 from fullft.retention.report import score
-from fullft.shards import STATES, local_part, mesh_of_all_ranks, optimizer_shards, to_dtensor
+from fullft.retention.rollback import step_of
+from fullft.shards import local_part, mesh_of_all_ranks, optimizer_shards, states_of, to_dtensor
 from fullft.tracking import Tracker
 
 _LONGEST_WRITE = timedelta(hours=6)  # a rank that waits longer for another's files takes the write for failed
@@ -45,7 +47,11 @@ class Saver:
     and does not end the training. Every method raises LeaseLost on rank 0 if another job has taken over the run folder.
     """
 
-    def __init__(self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int) -> None:
+    def __init__(
+        self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int, keep_good: bool
+    ) -> None:
+        """`keep_good`: never remove the newest checkpoint from before a retention task has passed its limit."""
+        self._keep_good = keep_good
         self._engine, self._folder, self._settings, self._tracker = engine, folder, settings, tracker
         self.resumed_step = self.saved_step = resumed_step  # the latter: the newest that is on disk
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -106,6 +112,10 @@ class Saver:
                 watchdog.touch()
         if self._lost is not None:
             raise self._lost
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier checkpoint."""
+        self.resumed_step = self.saved_step = step
 
     def metrics(self) -> dict[str, float]:
         """New since the last call: time/checkpoint_stall_seconds, time/checkpoint_seconds, checkpoint/failed."""
@@ -181,7 +191,7 @@ class Saver:
         lease.commit(final)
         to_disk(self._folder)
         try:
-            for old in _superfluous(self._folder, self._settings):
+            for old in _superfluous(self._folder, self._settings, self._keep_good):
                 lease.remove(old)
         except OSError as error:
             self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {error}")
@@ -202,7 +212,8 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
     """Room in host memory for the shards of this rank, pinned on GPU hosts; None and the reason if a host has not
     enough for all its ranks. The same on all ranks."""
     parameters = list(engine.module.named_parameters())
-    count = len(STATES) * sum(local_part(parameter).stop for _, parameter in parameters)
+    states = states_of(engine)
+    count = len(states) * sum(local_part(parameter).stop for _, parameter in parameters)
     mine = (socket.gethostname(), 4 * count, available_host_memory())
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine, group=group)
@@ -227,22 +238,25 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
             runtime.cudaHostUnregister(block.data_ptr())
         return None, problem
     mesh, at = mesh_of_all_ranks("cpu"), 0
-    copies: Tensors = {state: {} for state in STATES}
+    copies: Tensors = {state: {} for state in states}
     for name, parameter in parameters:
-        for state in STATES:
+        for state in states:
             size = local_part(parameter).stop
             copies[state][name] = to_dtensor(block[at : at + size], parameter, mesh)
             at += size
     return copies, ""
 
 
-def _superfluous(folder: Path, settings: Checkpoint) -> list[Path]:
-    """What may go now that a checkpoint was written: all but the newest and the best, and what was set aside."""
+def _superfluous(folder: Path, settings: Checkpoint, keep_good: bool) -> list[Path]:
+    """What may go now that a checkpoint was written: all but the newest, the best and that of before a loss, and what
+    was set aside."""
     complete = all_complete(folder)
     kept = complete[-settings.keep :]
     scored = [(value, path) for path in complete if (value := _score(path)) is not None]
     if settings.keep_best and scored:
         kept.append(max(scored)[1])
+    if keep_good and complete:
+        kept += filter(None, [rollback.target(folder.parent, step_of(complete[-1]))])
     return [path for path in complete if path not in kept] + list(folder.glob("step-*.damaged"))
 
 

@@ -80,8 +80,8 @@ SENTENCES: list[tuple[str, dict[str, Any], str, str]] = [
      "Gained +0.600 ± 0.020 nats a token on the validation set; forgetting was not measured (no retention task)."),
     ("no statistics", {"gsm8k": task("exact_match", "skill", 0.12, 0.4, 1319, None),
      "general": task("acc", "retention", 0.65, -0.03, 2000, None)}, "mixed",
-     "Gained +40.0 points on gsm8k; lost 3.00 points on general; its evaluations have no intervals, so what is chance "
-     "cannot be told."),
+     "Gained +40.0 points on gsm8k; lost 3.00 points on general; no interval for any task, so what is chance cannot be "
+     "told."),
     ("many", {f"t{at}": task(gain=-0.03 - at / 1000, half=0.004, **LIMITED) for at in range(5)}
      | {"same": task(gain=0.0, half=0.004, **LIMITED), "gsm8k": SKILL}, "bad",
      "Gained +41.2 ± 1.3 points on gsm8k; lost 3.4 ± 0.4 points on t4: real, above the limit of 2.0; lost 3.3 ± 0.4 "
@@ -169,7 +169,7 @@ def test_the_report_of_a_run_and_of_an_old_one(tmp_path: Path, capsys: pytest.Ca
     assert report(run) == report(old) == 0
     said = capsys.readouterr().out
     assert "above the limit of 2.0" in said
-    assert "have no intervals" in said
+    assert "no interval for any task" in said
     content = json.loads((run / "report.json").read_text())
     assert content["verdict"]["tone"] == "bad"
     assert content["verdict"]["sentence"] in said
@@ -183,6 +183,17 @@ def test_the_report_of_a_run_and_of_an_old_one(tmp_path: Path, capsys: pytest.Ca
     assert "p (Holm)" not in (old / "report.html").read_text()
 
 
+def test_what_the_gate_took_back_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", rollback=True)
+    content = write_report(run)
+    assert content["verdict"]["sentence"].startswith("Rolled back once by the retention gate: gained")
+    assert [one["step"] for one in content["rollbacks"][0]["evaluations"]] == [150, 200]
+    assert "rolled back from step 200 to 100, from there on learning rate × 0.5" in content["warnings"][1]
+    page = (run / "report.html").read_text()
+    assert page.count(">rolled back</text>") > 5
+    assert "abandoned" in page
+
+
 def test_a_run_with_nothing_but_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("run_dir: x\nmodel: {path: base}\n")
     content = write_report(tmp_path)
@@ -194,11 +205,11 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     last = run / "retention" / "step-00000300.json"
     content = json.loads(last.read_text())
-    content["tasks"]["general"] |= {"score": float("nan"), "drop": float("nan"), "drop_ci": [float("nan")] * 2}
+    content["tasks"]["wiki"] |= {"score": float("nan"), "drop": float("nan"), "drop_ci": [float("nan")] * 2}
     last.write_text(json.dumps(content))
     write_report(run)
     found = json.loads((run / "report.json").read_text(), parse_constant=pytest.fail)
-    assert found["evaluations"][-1]["tasks"]["general"]["drop"] is None
+    assert found["evaluations"][-1]["tasks"]["wiki"]["drop"] is None
     assert not re.search(r"\bnan\b", (run / "report.html").read_text().split("<script>")[0], re.IGNORECASE)
 
 
@@ -343,7 +354,7 @@ def test_a_click_on_a_column_sorts_the_tasks(pages: dict[str, Path], chromium: A
 
         assert names()[:3] == ["gsm8k", "validation", "hellaswag"]
         table.get_by_role("button", name="items").click()
-        assert names() == ["general", "validation", "arc_easy", "gsm8k", "hellaswag"]
+        assert names() == ["wiki", "validation", "arc_easy", "gsm8k", "hellaswag"]
         assert table.locator("th[aria-sort=ascending]").inner_text().startswith("items")
         table.get_by_role("button", name="items").press("Enter")
         assert names()[0] == "hellaswag"

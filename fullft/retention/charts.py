@@ -29,6 +29,7 @@ class Line:
     dots: bool = False
     hollow: Sequence[int] = ()  # indices of dots that are drawn empty
     run: int | None = None  # hidden with this run
+    abandoned: bool = False  # drawn faint
     labels: Sequence[str] = ()  # of the points, for the pointer
     shown: Sequence[tuple[int, str]] = ()  # points that have a text beside them
     below: bool = False  # that text stands below the point, else above
@@ -167,7 +168,8 @@ def _event(frame: _Frame, x: float, label: str) -> str:
 
 
 def _classes(line: Line) -> str:
-    return f"c{line.color % 8}" + (f" run{line.run}" if line.run is not None else "")
+    run = f" run{line.run}" if line.run is not None else ""
+    return f"c{line.color % 8}{run}{' abandoned' if line.abandoned else ''}"
 
 
 def _band(frame: _Frame, line: Line) -> str:
@@ -214,7 +216,7 @@ def _legend(lines: Sequence[Line]) -> str:
     names = list({(line.name, line.color): line for line in lines if line.run is None}.values())
     if len(names) < 2:
         return ""
-    items = "".join(f"<li class='c{line.color % 8}'><i></i>{html.escape(line.name)}</li>" for line in names)
+    items = "".join(f"<li class='{_classes(line)}'><i></i>{html.escape(line.name)}</li>" for line in names)
     return f"<ul class='legend'>{items}</ul>"
 
 

@@ -14,8 +14,9 @@ import yaml
 from fullft import __version__, lease
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, fingerprint
+from fullft.retention import stats
 from fullft.retention.report_page import page
-from fullft.retention.runlog import Log, evaluations, generations, read_json, read_log, thin
+from fullft.retention.runlog import Log, evaluations, generations, read_json, read_log, rollbacks, thin
 from fullft.retention.wording import Evaluation, is_share, shown, verdict
 
 _COLUMNS = ("measures", "task", "number", "before", "after")
@@ -27,11 +28,23 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     for name, task in evaluation["tasks"].items():
         numbers = {task["metric"]: task["score"]} | task["extra"]
         text = ", ".join(f"{key} {shown(key, value)}" for key, value in numbers.items() if key != "tokens")
-        drop = task["drop"]
-        amount = f"{abs(drop) * 100:.1f} points" if is_share(task["metric"]) else f"{abs(drop):.3g}"
-        change = f"; {amount} {'worse' if drop > 0 else 'better'} than base" if drop else ""
-        lines.append(f"  {task['measures']:<9} {name}: {text}{change}")
+        lines.append(f"  {task['measures']:<9} {name}: {text}{_change(task) if evaluation['step'] else ''}")
     return lines
+
+
+def _change(task: dict[str, Any]) -> str:
+    """The drop with its interval, and whether it is more than chance: p over the retention tasks (Holm), or q."""
+    drop, metric = task["drop"], task["metric"]
+    if not drop:
+        return "; as the base" if drop == 0 else ""
+    text = f"; {stats.amount(metric, abs(drop))} {'worse' if drop > 0 else 'better'} than base"
+    if task["drop_ci"] is None:
+        return f"{text} (too few items for an interval)"
+    low, high = sorted(end if drop > 0 else -end for end in task["drop_ci"])
+    adjusted = task["q"] if task["p_holm"] is None else task["p_holm"]
+    real = "real" if adjusted < 1 - task["level"] else "may be chance"
+    unit = 100 if is_share(metric) else 1
+    return f"{text} ({task['level']:.0%} CI {low * unit:.3g} to {high * unit:.3g}), {real}"
 
 
 def score(evaluation: Evaluation) -> float | None:
@@ -47,6 +60,8 @@ def score(evaluation: Evaluation) -> float | None:
     gains: dict[str, list[float]] = {"skill": [], "retention": []}
     for task in evaluation["tasks"].values():
         now, base = task["score"], task["base"]
+        if now is None or base is None:
+            return None
         gain = now - base if task["higher_is_better"] else (base - now) / base if base else 0.0
         gains[task["measures"]].append(gain)
     skill, losses = gains["skill"], [max(0.0, -gain) for gain in gains["retention"]]
@@ -151,11 +166,12 @@ def _summary(run_folder: Path, found: list[Evaluation], log: Log, whole: bool) -
         last[f"{task['measures']}/{name}/drop"] = task["drop"]
     step = log.last.get("step", 0)
     state = read_json(run_folder / "state.json") if whole else {}
+    total = read_json(run_folder / "plan.json").get("steps") if whole else None
     return {
         "steps": step,
         "tokens": log.last.get("train/tokens", 0),
         "final_loss": log.last.get("train/loss"),
-        "verdict": verdict(found, state, step, read_json(run_folder / "plan.json").get("steps") if whole else None),
+        "verdict": verdict(found, state, step, total, len(rollbacks(run_folder)) if whole else 0),
         "data": _shares(log),
         "metrics": last,
         "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(found)],
@@ -178,6 +194,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
     state, planned_steps
     curves         {metric: {"step", "value", "low", "high"}} as of `thin`
     blend          content of blend.json; null if there is none
+    rollbacks      see runlog.rollbacks
     generations    see runlog.generations
     warnings       [texts]
     recipe, recipe_text, environment
@@ -193,8 +210,9 @@ def collect(run_folder: Path) -> dict[str, Any]:
             "planned_steps": plan.get("steps"),
             "curves": {key: thin(*curve) for key, curve in sorted(log.curves.items())},
             "blend": read_json(run_folder / "blend.json") or None,
+            "rollbacks": rollbacks(run_folder),
             "generations": generations(run_folder),
-            "warnings": [*plan.get("warnings", []), *_troubles(found, log)],
+            "warnings": [*plan.get("warnings", []), *_troubles(found, log, rollbacks(run_folder))],
             "recipe": yaml.safe_load(text),
             "recipe_text": text,
             "environment": read_json(run_folder / "env.json"),
@@ -203,9 +221,14 @@ def collect(run_folder: Path) -> dict[str, Any]:
     return report
 
 
-def _troubles(found: list[Evaluation], log: Log) -> list[str]:
+def _troubles(found: list[Evaluation], log: Log, gone_back: list[dict[str, Any]]) -> list[str]:
     """What went wrong on the way, that is seen from the run folder."""
     texts = [
+        f"rolled back from step {one['from_step']:,} to {one['to_step']:,}, from there on learning rate × "
+        f"{one['learning_rate_factor']:g}, pull × {one['pull_factor']:g}: {'; '.join(one['reasons'])}"
+        for one in gone_back
+    ]
+    texts += [
         f"gate at step {one['step']:,}, {gate['decision']}: {reason}"
         for one in found
         if (gate := one.get("gate") or {}).get("decision", "continue") != "continue"

@@ -38,9 +38,10 @@ def trajectories(reports: Sequence[Report]) -> str:
         "The band is the confidence interval of the change since step 0, drawn around the score; base is the score at "
         "step 0, limit the largest loss allowed."
     )
-    note += (
-        " Empty dots: measured on a part of the items, and set against the base on the same ones." if partial else ""
-    )
+    if partial:
+        note += " Empty dots: measured on a part of the items, and set against the base on the same ones."
+    if any(report["rollbacks"] for report in reports):
+        note += " Dashed and empty: steps that the gate has taken back."
     return f"{charts}<p class='note'>{note}</p>"
 
 
@@ -61,7 +62,7 @@ def _trajectory(name: str, reports: Sequence[Report]) -> Chart:
         line.name, line.color, line.run = report["run"], at, at
         if len(reports) == 1:
             line.name, line.color, line.run = name, RETENTION if task["measures"] == "retention" else SKILL, None
-        lines.append(line)
+        lines += [*_abandoned(report, name, line, base * scale, sign), line]
         if not levels:
             levels = [(base * scale, "base")]
             if (limit := found[-1][1].get("limit")) is not None:
@@ -89,10 +90,29 @@ def _score_line(found: Sequence[tuple[dict[str, Any], dict[str, Any]]], base: fl
     )  # fmt: skip
 
 
+def _abandoned(report: Report, name: str, line: Line, base: float, sign: float) -> list[Line]:
+    """The ways of a trajectory that the gate has taken back, each from where the run went on."""
+    lines = []
+    for one in report["rollbacks"]:
+        found = [(there, there["tasks"][name]) for there in one["evaluations"] if name in there["tasks"]]
+        found = [(there, task) for there, task in found if change(name, task)]
+        if not found:
+            continue
+        way = _score_line(found, base, sign)
+        before = [at for at, step in enumerate(line.x) if step <= one["to_step"]]
+        if before:
+            way.x, way.y = [line.x[before[-1]], *way.x], [line.y[before[-1]], *way.y]
+        way.low = way.high = None
+        way.name, way.color, way.run, way.abandoned = f"{line.name}, taken back", line.color, line.run, True
+        way.hollow = range(len(way.x))
+        lines.append(way)
+    return lines
+
+
 def _events(report: Report) -> list[tuple[float, str]]:
-    """Where the gate has stopped the run or taken it back."""
-    decisions = [(one["step"], (one.get("gate") or {}).get("decision")) for one in report["evaluations"]]
-    return [(step, decision) for step, decision in decisions if decision in ("stop", "rollback")]
+    """Where the gate has stopped the run, and where it went on after a rollback."""
+    stops = [one["step"] for one in report["evaluations"] if (one.get("gate") or {}).get("decision") == "stop"]
+    return [(step, "stop") for step in stops] + [(one["to_step"], "rolled back") for one in report["rollbacks"]]
 
 
 def frontier(reports: Sequence[Report]) -> str:

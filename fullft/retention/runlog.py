@@ -78,6 +78,22 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in lines if line.rstrip().endswith("}"))
 
 
+def metrics(run_folder: Path, until: int | None = None) -> list[dict[str, Any]]:
+    """All rows of metrics.jsonl (until a step)."""
+    return [row for row in _rows(run_folder / "metrics.jsonl") if until is None or row["step"] <= until]
+
+
+def rollbacks(run_folder: Path) -> list[dict[str, Any]]:
+    """Those that the gate made, oldest first: entries of retention/rollbacks.json, each with "evaluations", those of
+    the steps that were abandoned."""
+    file = run_folder / "retention" / "rollbacks.json"
+    entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    for number, entry in enumerate(entries, start=1):
+        aside = sorted((run_folder / "retention" / f"rollback-{number}").glob("step-*.json"))
+        entry["evaluations"] = [json.loads(path.read_text()) for path in aside]
+    return entries
+
+
 def thin(steps: Sequence[float], values: Sequence[float], most: int = _POINTS) -> dict[str, list[float]]:
     """A curve in about that many points.
 

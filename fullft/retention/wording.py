@@ -135,18 +135,21 @@ def _severity(one: Change) -> tuple[bool, bool, float]:
     return one.over, one.lost, -one.gain / (one.limit or 1)
 
 
-def verdict(found: list[Evaluation], state: dict[str, Any], step: int, total_steps: int | None) -> dict[str, str]:
+def verdict(
+    found: list[Evaluation], state: dict[str, Any], step: int, total_steps: int | None, rollbacks: int = 0
+) -> dict[str, str]:
     """The run in one sentence.
 
     Args:
         found: its evaluations by step.
         state: content of state.json ({} if there is none).
         step: the last one logged; total_steps: those planned, None if unknown.
+        rollbacks: how many the gate has made.
 
     Returns:
         {"sentence", "tone"}; tone: good, mixed or bad, or unknown where nothing can be told.
     """
-    opening = _opening(found, state, step, total_steps)
+    opening = _opening(found, state, step, total_steps, rollbacks)
     if not found or not found[-1]["tasks"]:
         return {
             "sentence": _sentence(opening, ["nothing was evaluated, so gain and loss are not known"]),
@@ -160,9 +163,13 @@ def verdict(found: list[Evaluation], state: dict[str, Any], step: int, total_ste
     skill = [one for one in of_all if one.measures == "skill"]
     kept = [one for one in of_all if one.measures != "skill"]
     parts = [*_of_skill(skill), *_of_retention(kept)]
-    if any(one.real is None for one in of_all):
-        parts.append("its evaluations have no intervals, so what is chance cannot be told")
-    return {"sentence": _sentence(opening, parts), "tone": _tone(skill, kept, state)}
+    if unsure := [_task(one) for one in of_all if one.real is None]:
+        of = "any task" if len(unsure) == len(of_all) else ", ".join(unsure)
+        parts.append(f"no interval for {of}, so what is chance cannot be told")
+    return {
+        "sentence": _sentence(opening, parts),
+        "tone": "bad" if _stopped_by_gate(found) else _tone(skill, kept, state),
+    }
 
 
 def _sentence(opening: str, parts: list[str]) -> str:
@@ -171,14 +178,12 @@ def _sentence(opening: str, parts: list[str]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _opening(found: list[Evaluation], state: dict[str, Any], step: int, total: int | None) -> str:
+def _opening(found: list[Evaluation], state: dict[str, Any], step: int, total: int | None, rollbacks: int) -> str:
     """How the run ended, if it did not end as planned; and which step is spoken of, if not the last."""
     of = f"{step:,} of {total:,}" if total else f"{step:,}"
-    decisions = [(one.get("gate") or {}).get("decision") for one in found]
-    rollbacks = decisions.count("rollback")
     texts = []
     match state.get("status"):
-        case "stopped" if "stop" in decisions or "rollback" in decisions[-1:]:
+        case "running" | "stopped" if _stopped_by_gate(found):  # the report is written before state.json says so
             texts.append(f"stopped by the retention gate at step {of}")
         case "stopped" | "failed" as status:
             texts.append(f"{status} at step {of}")
@@ -187,10 +192,15 @@ def _opening(found: list[Evaluation], state: dict[str, Any], step: int, total: i
         case "running" if total is None or step < total:
             texts.append(f"not finished, at step {of}")
     if rollbacks:
-        texts.append(f"rolled back {'once' if rollbacks == 1 else f'{rollbacks} times'} by the retention gate")
+        times = "once" if rollbacks == 1 else f"{rollbacks} times"
+        texts.append(f"rolled back {times} by the retention gate")
     if found and len(found) > 1 and found[-1]["step"] != step:
         texts.append(f"evaluated at step {found[-1]['step']:,}")
     return ", ".join(texts)
+
+
+def _stopped_by_gate(found: list[Evaluation]) -> bool:
+    return bool(found) and (found[-1].get("gate") or {}).get("decision") == "stop"
 
 
 def _of_skill(skill: list[Change]) -> list[str]:
