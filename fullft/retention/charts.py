@@ -213,7 +213,7 @@ def _short(value: float) -> float:
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    names = list({(line.name, line.color): line for line in lines if line.run is None}.values())
+    names = list({line.name: line for line in lines if line.run is None and not line.abandoned}.values())
     if len(names) < 2:
         return ""
     items = "".join(f"<li class='{_classes(line)}'><i></i>{html.escape(line.name)}</li>" for line in names)

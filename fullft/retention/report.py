@@ -125,9 +125,8 @@ def write_comparison(run_folders: Sequence[Path], out: Path, blend: Path | None 
         reports[-1]["blend"] = read_json(blend)
     _name_apart(reports, run_folders)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".json").write_text(_json(reports[0] if len(reports) == 1 else {"runs": reports}))
-        out.write_text(page(reports), encoding="utf-8")
+        lease.write(out.with_suffix(".json"), _json(reports[0] if len(reports) == 1 else {"runs": reports}))
+        lease.write(out, page(reports))
     except OSError as error:
         raise BadInput(f"--out: {out} cannot be written: {error}") from None
     return reports
