@@ -109,6 +109,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     warnings = told + unlikely(recipe, total, batches)
+    if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
+        warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
 
 

@@ -449,6 +449,8 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
+    if cluster.is_main:
+        tracker.say(summary["verdict"]["sentence"])
     tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
 
 

@@ -96,10 +96,14 @@ def table(run_folder: Path) -> str:
 
 
 def write_report(run_folder: Path) -> dict[str, Any]:
-    """Write report.json and report.html of a run into its folder; returns the former."""
+    """Write report.json and report.html of a run into its folder; returns the former. A full disk is told, and does
+    not keep the model from being exported."""
     report = collect(run_folder)
-    lease.write(run_folder / "report.json", _json(report))
-    lease.write(run_folder / "report.html", page([report]))
+    try:
+        lease.write(run_folder / "report.json", _json(report))
+        lease.write(run_folder / "report.html", page([report]))
+    except OSError as error:
+        print(f"WARNING: the report cannot be written ({error}); `fullft report {run_folder}` makes it", flush=True)
     return report
 
 
