@@ -52,8 +52,16 @@ def main() -> int:
     verb.add_argument("--rows", type=int, default=3, metavar="N", help="documents of each set shown (default 3)")
     verb.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
 
-    verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
-    verb.add_argument("run_dir", type=Path)
+    verb = verbs.add_parser(
+        "report",
+        help="write report.html and report.json: verdict, curves, answers; of several runs side by side",
+    )
+    verb.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE.html",
+        help="page to write, the JSON beside it (default: report.html of the run folder, or comparison.html here)",
+    )  # fmt: skip
+    verb.add_argument("--blend", type=Path, metavar="FILE", help="blend.json of the last run, if not in its folder")
 
     verb = verbs.add_parser(
         "eval",
@@ -118,9 +126,9 @@ def main() -> int:
             case "export":
                 return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
             case _:
-                report(arguments.run_dir)
+                report(arguments.run_dirs, arguments.out, arguments.blend)
     except BadInput as error:
-        done = {"export": "exported", "blend": "blended", "eval": "evaluated"}.get(arguments.verb)
+        done = {"export": "exported", "blend": "blended", "eval": "evaluated", "report": "written"}.get(arguments.verb)
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
@@ -202,14 +210,15 @@ def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> No
         print(f"\n{html}")
 
 
-def report(run_dir: Path) -> None:
-    from fullft.retention.report import table, write_report
+def report(run_dirs: list[Path], out: Path | None, blend: Path | None) -> None:
+    """Write the page, and print verdict and table of each run."""
+    from fullft.retention.report import table, write_comparison
 
-    if not (run_dir / "recipe.yaml").exists():
-        raise BadInput(f"{run_dir} is not a run folder of fullft (it has no recipe.yaml)")
-    write_report(run_dir)
-    print(table(run_dir))
-    print(f"\n{run_dir / 'report.html'}")
+    out = out or (run_dirs[0] / "report.html" if len(run_dirs) == 1 else Path("comparison.html"))
+    for run_dir, found in zip(run_dirs, write_comparison(run_dirs, out, blend), strict=True):
+        title = f"{run_dir}: " if len(run_dirs) > 1 else ""
+        print(f"{title}{found['verdict']['sentence']}\n\n{table(run_dir)}\n")
+    print(out)
 
 
 def evaluate(path: str, overrides: list[str], name: str, base: str | None, out: Path | None) -> NoReturn:

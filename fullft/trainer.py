@@ -27,8 +27,9 @@ from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
 from fullft.retention import rollback
 from fullft.retention.pull import Pull, attach, averaged
-from fullft.retention.report import evaluations, model_card, score, summary_lines, write_report
+from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.rollback import step_of
+from fullft.retention.runlog import evaluations
 from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
 from fullft.shards import start_optimizer
@@ -448,6 +449,8 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
+    if cluster.is_main:
+        tracker.say(summary["verdict"]["sentence"])
     tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
 
 
@@ -471,7 +474,7 @@ def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         lease.take(folder, recipe.checkpoint.lease_seconds)
         lease.write(folder / "recipe.yaml", recipe.to_yaml())
         lease.write(folder / "env.json", json.dumps(environment, indent=1))
-        lease.write(folder / "plan.json", json.dumps(inputs.plan, indent=1))
+        lease.write(folder / "plan.json", json.dumps(inputs.plan | {"warnings": inputs.warnings}, indent=1))
         remove_marker(folder)
         set_state(folder, "running")
         if (folder / "export").exists():  # of an end that was interrupted: it is exported again

@@ -20,8 +20,8 @@ from fullft.retention.baseline import file_name
 from fullft.retention.budget import Budget
 from fullft.retention.evaluation import Evaluation, assemble
 from fullft.retention.gate import decide
-from fullft.retention.report import evaluations
 from fullft.retention.run import Batching, run_task, whole_weights
+from fullft.retention.runlog import evaluations
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 
