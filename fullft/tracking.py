@@ -160,7 +160,7 @@ class Tracker:
             self.say(line.decode(errors="replace"))
         if (code := self._wandb.poll()) not in (None, 0):
             self._wandb = None
-            self.say(f"W&B's process ended ({code}), see wandb/tracker.log; the next start sends what is missing")
+            self.say(f"W&B's process ended ({code}), see wandb/tracker.log; `fullft wandb` sends what is missing")
 
     def _remaining(self, step: int) -> str:
         if step <= self._first_step or step >= self._total_steps:

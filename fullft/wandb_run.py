@@ -1,6 +1,7 @@
 """The W&B run of a training: a process of its own beside rank 0.
 
-    python -m fullft.wandb_run RUN_DIR MODE GENERATION PID      started by tracking.py
+    python -m fullft.wandb_run RUN_DIR online|offline GENERATION PID      started by tracking.py
+    python -m fullft.wandb_run RUN_DIR send                               started by `fullft wandb`, after the run
 
 The trainer appends to metrics.jsonl and never calls W&B, so nothing that W&B does can stop it or slow it down: init
 blocks while no server answers, finish does for ever if an alert is pending, a dead wandb-core raises, and a table takes
@@ -10,7 +11,7 @@ of alerts, artifacts and the end. What it says goes through another pipe to the 
 W&B's history only grows, so each step is sent once, and in order. What was sent before is asked of whoever will hold
 the history: in online mode of the server; else of the .wandb files of the earlier starts, which `wandb sync` will read.
 So the rest is sent after any end of trainer, this process or host; rows of steps that are done again after a resume or
-a rollback are not.
+a rollback are not. (`wandb sync` of a part of which the server has some rows sends those twice; `send` does not.)
 
 It ends when the trainer has said so, or is gone (killed, failed), after it has sent what is in the file, and within
 END_SECONDS. It is in no process group of the launcher and holds none of its pipes; signals to the job are the
@@ -85,8 +86,10 @@ class Trainer:
                 else:
                     self.events.put(event)
         self.over.set()
+        if not self.pid:
+            return
         time.sleep(END_SECONDS)
-        self.say("W&B does not take the last rows in time; `wandb sync` of the folders in wandb/ sends the rest")
+        self.say("W&B does not take the last rows in time; `fullft wandb` with the run folder sends them")
         for child in _children():
             with contextlib.suppress(OSError):
                 os.kill(child, signal.SIGKILL)
@@ -115,31 +118,46 @@ class Rows:
             yield json.loads(line)
 
 
-def main() -> None:
-    folder, mode, generation, pid = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+def main() -> int:
+    """Returns 1 if W&B has not taken everything."""
+    folder, mode, generation, pid = Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:] or (0, 0))
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1) if pid else ():
         signal.signal(number, signal.SIG_IGN)
     trainer = Trainer(pid)
     if generation:
         lease.know(folder, generation)
     lock = FileLock(folder / "wandb" / "tracker.lock")
-    with contextlib.suppress(
-        Timeout, OSError, NotImplementedError
-    ):  # one that is still sending ends by then; not all file systems lock
+    # One that is still sending has ended by then; not all file systems lock.
+    with contextlib.suppress(Timeout, OSError, NotImplementedError):
         lock.acquire(timeout=END_SECONDS)
-    try:
-        for start in range(1, _STARTS + 1):
-            try:
-                _track(folder, mode, trainer)
-                return
-            except LeaseLost:
-                raise
-            except Exception as error:
-                again = "it is started anew" if start < _STARTS else "the next start of the run sends the rest"
-                trainer.say(f"W&B stopped working, {again}; metrics.jsonl has every row ({reason(error)})")
-                _teardown()
-    except LeaseLost:
-        _teardown()
+    if mode == "send":
+        for event in _artifacts(folder):
+            trainer.events.put(event)
+    for start in range(1, _STARTS + 1):
+        try:
+            _track(folder, mode, trainer)
+            return 0
+        except LeaseLost:
+            _teardown()
+            return 1
+        except Exception as error:
+            again = "it is started anew" if start < _STARTS else f"`fullft wandb {folder}` sends the rest"
+            trainer.say(f"W&B stopped working, {again}; metrics.jsonl has every row ({reason(error)})")
+            _teardown()
+    return 1
+
+
+def _artifacts(folder: Path) -> list[dict[str, Any]]:
+    """As the trainer tells them, of all that is there."""
+    checkpoints = sorted(file.parent for file in folder.glob("checkpoints/step-????????/MANIFEST.json"))
+    found = [("checkpoint", path, int(path.name.removeprefix("step-"))) for path in checkpoints]
+    last = _read_json(folder / "state.json").get("step", 0)
+    found += [(kind, folder / name, last) for kind, name in (("model", "export"), ("report", "report.html"))]
+    return [
+        {"event": "artifact", "kind": kind, "path": str(path), "metadata": {"step": step}}
+        for kind, path, step in found
+        if path.exists()
+    ]
 
 
 def _track(folder: Path, mode: str, trainer: Trainer) -> None:
@@ -163,8 +181,8 @@ def _track(folder: Path, mode: str, trainer: Trainer) -> None:
         trainer.over.wait(_LOOK_SECONDS)
     for key, value in (trainer.summary or {}).items():
         run.summary[f"final/{key}"] = value
-    status = _read_json(folder / "state.json").get("status")
-    run.finish(exit_code=0 if trainer.summary is not None and status in ("done", "requeue", None) else 1)
+    ended_well = _read_json(folder / "state.json").get("status") in ("done", "requeue", None)
+    run.finish(exit_code=0 if ended_well else 1)
     _teardown()
 
 
@@ -190,10 +208,12 @@ def _start(folder: Path, mode: str, trainer: Trainer) -> tuple[Any, int]:
     }  # fmt: skip
     held = max((step for file in _parts(folder) for step in steps_in(file)), default=-1)
     run = None
-    if mode == "online":
+    if mode in ("online", "send"):
         try:
             run = wandb.init(mode="online", **arguments)
         except Exception as error:
+            if mode == "send":
+                raise
             trainer.say(f"W&B does not answer, so this run is tracked offline ({reason(error)})")
             _teardown()
     if run is not None:
@@ -354,5 +374,4 @@ def _teardown() -> None:
 
 
 if __name__ == "__main__":
-    main()
-    os._exit(0)
+    os._exit(main())

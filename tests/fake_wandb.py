@@ -76,20 +76,41 @@ class _Handler(BaseHTTPRequestHandler):
         run_id = body.get("variables", {}).get("name") or "run"
         match name:
             case "UpsertBucket":
-                run = {"id": "r", "name": run_id, "displayName": run_id, "description": None, "config": "{}",
-                       "sweepName": None, "project": project, "historyLineCount": len(rows)}
+                run = {
+                    "id": "r",
+                    "name": run_id,
+                    "displayName": run_id,
+                    "description": None,
+                    "config": "{}",
+                    "sweepName": None,
+                    "project": project,
+                    "historyLineCount": len(rows),
+                }
                 return {"data": {"upsertBucket": {"bucket": run, "inserted": not rows}}}
             case "RunResumeStatus":
-                run = {"id": "r", "name": run_id, "displayName": run_id, "summaryMetrics": json.dumps(rows[-1] if rows else {}),
-                       "historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0,
-                       "historyTail": json.dumps([json.dumps(rows[-1])] if rows else []), "eventsTail": "[]", "config": "{}",
-                       "tags": [], "notes": None, "wandbConfig": json.dumps({"t": 1})}
+                run = {
+                    "id": "r",
+                    "name": run_id,
+                    "displayName": run_id,
+                    "summaryMetrics": json.dumps(rows[-1] if rows else {}),
+                    "historyLineCount": len(rows),
+                    "eventsLineCount": 0,
+                    "logLineCount": 0,
+                    "historyTail": json.dumps([json.dumps(rows[-1])] if rows else []),
+                    "eventsTail": "[]",
+                    "config": "{}",
+                    "tags": [],
+                    "notes": None,
+                    "wandbConfig": json.dumps({"t": 1}),
+                }
                 return {"data": {"model": {**project, "bucket": run if rows else None}}}
             case "NotifyScriptableRunAlert":
                 self.server.alerts.append(body["variables"]["title"])
                 return {"data": {"notifyScriptableRunAlert": {"success": True}}}
             case "CreateRunFiles":
-                files = [{"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in body["variables"]["files"]]
+                files = [
+                    {"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in body["variables"]["files"]
+                ]
                 return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
             case _:
                 self.server.unknown.append(name)
