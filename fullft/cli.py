@@ -102,6 +102,12 @@ def main() -> int:
     verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as the run exports)")
     verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it afterwards")
 
+    verb = verbs.add_parser("wandb", help="send to Weights & Biases what it lacks of a run that has ended")
+    verb.add_argument("run_dir", type=Path)
+    verb.add_argument(
+        "--workspace", action="store_true", help="also save a view of the project with fullft's charts (new each time)"
+    )
+
     # Overrides may stand anywhere, which argparse cannot do behind a verb.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     words = list(zip(sys.argv[1:], sys.argv, strict=False))  # each with the one before it
@@ -125,10 +131,14 @@ def main() -> int:
                 sweep(arguments, overrides)
             case "export":
                 return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
+            case "wandb":
+                return send(arguments.run_dir, arguments.workspace)
             case _:
                 report(arguments.run_dirs, arguments.out, arguments.blend)
     except BadInput as error:
-        done = {"export": "exported", "blend": "blended", "eval": "evaluated", "report": "written"}.get(arguments.verb)
+        done = {
+            "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
+        }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
@@ -288,6 +298,30 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, reposi
     if repository is not None and not push_to_hub(out, repository):
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def send(run_dir: Path, workspace: bool) -> int:
+    """Online, whatever mode the run was tracked in; the exit code tells whether W&B has taken everything."""
+    import subprocess
+
+    from fullft.lease import is_owned
+
+    if not (run_dir / "metrics.jsonl").exists():
+        raise BadInput(f"{run_dir} is not a run folder of fullft (it has no metrics.jsonl)")
+    if is_owned(run_dir):
+        raise BadInput(f"{run_dir}: the run is going on, and sends by itself")
+    if workspace:
+        from fullft.workspace import require
+
+        require()
+    (run_dir / "wandb").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send"]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if workspace and not code:
+        from fullft.workspace import save
+
+        print(save(run_dir))
+    return EXIT_FAILED if code else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -445,6 +445,8 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
+    tracker.artifact("model", recipe.run_folder / "export", {"step": inputs.total_steps})
+    tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
     signals.enter("over")
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
