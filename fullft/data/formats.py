@@ -151,7 +151,7 @@ def _detect(value: dict[str, Any]) -> str:
             return kind
     given = [name for name, inner in value.items() if inner is not None]
     raise BadRow(
-        f"has fields {_names(given)}; expected messages, conversations, prompt + completion, instruction + output, "
+        f"has fields {_names(given or list(value)[:8])}; expected messages, conversations, prompt + completion, instruction + output, "
         "input_ids, or text (other names: map them with `fields`)"
     )
 
