@@ -116,6 +116,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if refused:
         raise BadInput(refused)
     warnings = told + unlikely(recipe, total, batches) + slow
+    if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
+        warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
 
 
