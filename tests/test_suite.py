@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[int
         config = write_recipe(recipe | {"run_dir": str(found[ranks])}, folder / f"ranks-{ranks}.yaml")
         program = "tests/layer_by_layer.py" if ranks == 3 else "launch/train.py"
         command = [*torchrun(ranks), str(REPOSITORY / program), "--config", str(config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=folder, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=480, cwd=folder, check=False)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return found
 

@@ -149,7 +149,7 @@ def _detect(value: dict[str, Any]) -> str:
     for kind, names in _FIELDS.items():
         if all(value.get(name) is not None for name in names):
             return kind
-    given = [name for name, inner in value.items() if inner is not None]
+    given = [name for name, inner in value.items() if inner is not None] or list(value)[:8]
     raise BadRow(
         f"has fields {_names(given)}; expected messages, conversations, prompt + completion, instruction + output, "
         "input_ids, or text (other names: map them with `fields`)"
