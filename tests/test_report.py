@@ -14,7 +14,7 @@ import pytest
 from report_runs import evaluation, task, write_run
 
 from fullft import cli
-from fullft.retention.report import write_report
+from fullft.retention.report import summary, write_report
 from fullft.retention.runlog import thin
 from fullft.retention.wording import bound, change, is_share, plane, shown, verdict, with_error
 
@@ -149,7 +149,7 @@ def test_a_thinned_curve_keeps_its_spike() -> None:
     values = [1.0] * 10_000
     values[5_003] = 99.0
     thinned = thin(range(10_000), values)
-    assert len(thinned["value"]) == 200
+    assert len(thinned["value"]) == 120
     assert max(thinned["high"]) == 99.0
     assert thinned["step"][-1] == 9_999
     assert thin(range(3), [1.0, 2.0, 3.0]) == {"step": [0, 1, 2], "value": [1.0, 2.0, 3.0]}
@@ -192,6 +192,15 @@ def test_what_the_gate_took_back_is_shown(tmp_path: Path) -> None:
     page = (run / "report.html").read_text()
     assert page.count(">rolled back</text>") > 5
     assert "abandoned" in page
+
+
+def test_a_checkpoint_on_the_way_has_the_verdict_of_its_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", rollback=True, state={"status": "failed"})
+    before, last = summary(run, 50), summary(run, 300)
+    assert before["verdict"]["sentence"].startswith("Gained +18 ± 4 points")
+    assert before["steps"] == 50
+    assert last["verdict"]["sentence"].startswith("Rolled back once by the retention gate: gained")
+    assert write_report(run)["verdict"]["sentence"].startswith("Failed at step 300 of 300, rolled back once")
 
 
 def test_a_run_with_nothing_but_a_recipe(tmp_path: Path) -> None:

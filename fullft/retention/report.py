@@ -166,22 +166,24 @@ def _finite(value: Any) -> Any:
 
 def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
     """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
-    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), whole=until is None)
+    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), until)
 
 
-def _summary(run_folder: Path, found: list[Evaluation], log: Log, whole: bool) -> dict[str, Any]:
+def _summary(run_folder: Path, found: list[Evaluation], log: Log, until: int | None) -> dict[str, Any]:
     last: dict[str, float] = {}
     for name, task in found[-1]["tasks"].items() if found else ():
         last[f"{task['measures']}/{name}/{task['metric']}"] = task["score"]
         last[f"{task['measures']}/{name}/drop"] = task["drop"]
     step = log.last.get("step", 0)
-    state = read_json(run_folder / "state.json") if whole else {}
-    total = read_json(run_folder / "plan.json").get("steps") if whole else None
+    state, total = {}, None
+    if until is None:  # a checkpoint on the way is spoken of as if the run had ended there
+        state, total = read_json(run_folder / "state.json"), read_json(run_folder / "plan.json").get("steps")
+    gone_back = [one for one in rollbacks(run_folder) if until is None or one["to_step"] <= until]
     return {
         "steps": step,
         "tokens": log.last.get("train/tokens", 0),
         "final_loss": log.last.get("train/loss"),
-        "verdict": verdict(found, state, step, total, len(rollbacks(run_folder)) if whole else 0),
+        "verdict": verdict(found, state, step, total, len(gone_back)),
         "data": _shares(log),
         "metrics": last,
         "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(found)],
@@ -214,7 +216,7 @@ def collect(run_folder: Path) -> dict[str, Any]:
     plan = read_json(run_folder / "plan.json")
     report = {"format": "fullft-report/1", "run": run_folder.absolute().name}
     report |= _finite(
-        _summary(run_folder, found, log, whole=True)
+        _summary(run_folder, found, log, until=None)
         | {
             "state": read_json(run_folder / "state.json"),
             "planned_steps": plan.get("steps"),

@@ -18,7 +18,7 @@ _CURVES = re.compile(  # of metrics.jsonl, drawn over the steps
     r"train/(loss(_\w+)?|learning_rate|grad_norm|l2_distance)|perf/(tokens_per_second|mfu)|time/step_seconds"
     r"|memory/peak_gib"
 )
-_POINTS = 200  # of a curve; more than twice as many rows are averaged
+_POINTS = 120  # of a curve; more rows are averaged
 _LONGEST_TEXT = 4000  # characters of a prompt or answer that are kept
 _GENERATIONS = 50  # kept of a task
 
@@ -95,13 +95,13 @@ def rollbacks(run_folder: Path) -> list[dict[str, Any]]:
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int = _POINTS) -> dict[str, list[float]]:
-    """A curve in about that many points.
+    """A curve in at most that many points.
 
     Returns:
         {"step", "value"}: [points]; where rows were averaged, value is their mean, step their last, and "low" and
         "high" their range, so that a spike of one step is still seen.
     """
-    if len(values) <= 2 * most:
+    if len(values) <= most:
         return {"step": list(steps), "value": list(values)}
     cuts = [len(values) * i // most for i in range(most + 1)]
     parts = [(steps[a:b], values[a:b]) for a, b in itertools.pairwise(cuts)]
