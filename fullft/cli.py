@@ -52,8 +52,16 @@ def main() -> int:
     verb.add_argument("--rows", type=int, default=3, metavar="N", help="documents of each set shown (default 3)")
     verb.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
 
-    verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
-    verb.add_argument("run_dir", type=Path)
+    verb = verbs.add_parser(
+        "report",
+        help="write report.html and report.json: verdict, curves, answers; of several runs side by side",
+    )
+    verb.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE.html",
+        help="page to write, the JSON beside it (default: report.html of the run folder, or comparison.html here)",
+    )  # fmt: skip
+    verb.add_argument("--blend", type=Path, metavar="FILE", help="blend.json of the last run, if not in its folder")
 
     verb = verbs.add_parser(
         "eval",
@@ -94,6 +102,12 @@ def main() -> int:
     verb.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the weights (default: as the run exports)")
     verb.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it afterwards")
 
+    verb = verbs.add_parser("wandb", help="send to Weights & Biases what it lacks of a run that has ended")
+    verb.add_argument("run_dir", type=Path)
+    verb.add_argument(
+        "--workspace", action="store_true", help="also save a view of the project with fullft's charts (new each time)"
+    )
+
     # Overrides may stand anywhere, which argparse cannot do behind a verb.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
     words = list(zip(sys.argv[1:], sys.argv, strict=False))  # each with the one before it
@@ -117,10 +131,14 @@ def main() -> int:
                 sweep(arguments, overrides)
             case "export":
                 return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
+            case "wandb":
+                return send(arguments.run_dir, arguments.workspace)
             case _:
-                report(arguments.run_dir)
+                report(arguments.run_dirs, arguments.out, arguments.blend)
     except BadInput as error:
-        done = {"export": "exported", "blend": "blended", "eval": "evaluated"}.get(arguments.verb)
+        done = {
+            "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
+        }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
@@ -139,6 +157,7 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
 
     from fullft.planner import GIB
     from fullft.preflight import preflight
+    from fullft.retention.baseline import smallest_drops
 
     transformers.utils.logging.disable_progress_bar()  # a trial of the export has bars
     if world_size < 1:
@@ -152,6 +171,8 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
+    for line in smallest_drops(inputs.suite):
+        print(f"measures {line}")
     for warning in inputs.warnings:
         print(f"warning  {warning}")
     print("ok")
@@ -199,14 +220,15 @@ def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> No
         print(f"\n{html}")
 
 
-def report(run_dir: Path) -> None:
-    from fullft.retention.report import table, write_report
+def report(run_dirs: list[Path], out: Path | None, blend: Path | None) -> None:
+    """Write the page, and print verdict and table of each run."""
+    from fullft.retention.report import table, write_comparison
 
-    if not (run_dir / "recipe.yaml").exists():
-        raise BadInput(f"{run_dir} is not a run folder of fullft (it has no recipe.yaml)")
-    write_report(run_dir)
-    print(table(run_dir))
-    print(f"\n{run_dir / 'report.html'}")
+    out = out or (run_dirs[0] / "report.html" if len(run_dirs) == 1 else Path("comparison.html"))
+    for run_dir, found in zip(run_dirs, write_comparison(run_dirs, out, blend), strict=True):
+        title = f"{run_dir}: " if len(run_dirs) > 1 else ""
+        print(f"{title}{found['verdict']['sentence']}\n\n{table(run_dir)}\n")
+    print(out)
 
 
 def evaluate(path: str, overrides: list[str], name: str, base: str | None, out: Path | None) -> NoReturn:
@@ -276,6 +298,30 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, reposi
     if repository is not None and not push_to_hub(out, repository):
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def send(run_dir: Path, workspace: bool) -> int:
+    """Online, whatever mode the run was tracked in; the exit code tells whether W&B has taken everything."""
+    import subprocess
+
+    from fullft.lease import is_owned
+
+    if not (run_dir / "metrics.jsonl").exists():
+        raise BadInput(f"{run_dir} is not a run folder of fullft (it has no metrics.jsonl)")
+    if is_owned(run_dir):
+        raise BadInput(f"{run_dir}: the run is going on, and sends by itself")
+    if workspace:
+        from fullft.workspace import require
+
+        require()
+    (run_dir / "wandb").mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send"]
+    code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
+    if workspace and not code:
+        from fullft.workspace import save
+
+        print(save(run_dir))
+    return EXIT_FAILED if code else EXIT_DONE
 
 
 if __name__ == "__main__":

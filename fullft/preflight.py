@@ -24,6 +24,7 @@ from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
+from fullft.retention.budget import too_long
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -108,7 +109,15 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
-    warnings = told + unlikely(recipe, total, batches)
+    seen = batches.mixture.seen(total * recipe.train.global_batch_size)
+    trained = sum(epochs * one.summary["tokens"] for one, epochs in zip(sets, seen, strict=True))
+    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
+    refused, slow = too_long(recipe, suite.tasks, trained, total, facts.parameters, world_size, gpus)
+    if refused:
+        raise BadInput(refused)
+    warnings = told + unlikely(recipe, total, batches) + slow
+    if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
+        warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
 
 

@@ -371,7 +371,10 @@ class Tracking(Section):
         "online", description="Weights & Biases; WANDB_MODE overrides it"
     )
     project: str = Field("fullft", description="W&B project; WANDB_PROJECT overrides it")
+    entity: str | None = Field(None, description="W&B team or user; default: that of the API key, or WANDB_ENTITY")
     name: str | None = Field(None, description="W&B run name; default: name of the run folder")
+    group: str | None = Field(None, description="W&B group that this run is shown in, e.g. its other seeds")
+    notes: str | None = Field(None, description="what the run is for, in W&B")
     tags: list[str] = []
 
 

@@ -142,6 +142,9 @@ class Saver:
             self._rows.append({"checkpoint/failed": 0.0, "time/checkpoint_seconds": seconds})
             waited = f"training waited {self._waited_seconds:.1f} s" if self._copies is not None else "training waited"
             self._tracker.say(f"checkpoint {name} on disk after {seconds:.1f} s ({waited})")
+            if dist.get_rank() == 0:
+                path = self._folder / name
+                self._tracker.artifact("checkpoint", path, {"step": state["step"], "score": _score(path)})
 
     def _write_together(self, tensors: Tensors, state: dict[str, Any], final: Path) -> str:
         """Returns what failed, on any rank, empty if nothing."""

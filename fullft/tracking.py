@@ -1,6 +1,7 @@
 """Where numbers go: `metrics.jsonl` in the run folder, Weights & Biases, and a progress bar or lines. Rank 0 only.
 
-metrics.jsonl is the record; W&B is sent the same rows. Nothing that W&B does can end a run.
+metrics.jsonl is the record. W&B is sent the same rows by a process of its own, wandb_run.py, which follows that file;
+here nothing calls W&B or waits for it, but for some seconds at the end.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import errno
 import json
 import os
 import secrets
+import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from tqdm import tqdm
 
 from fullft import lease
 from fullft.recipe import Recipe
+from fullft.system import SystemMetrics
+from fullft.wandb_run import END_SECONDS
+
+_LONGEST_EVENT = 4096  # bytes that a pipe takes as a whole or not at all (PIPE_BUF)
 
 
 class Tracker:
@@ -30,19 +35,15 @@ class Tracker:
     ) -> None:
         """`logged_step`: the last step whose row is kept, the later ones come again; default: resumed_step."""
         self.is_main = is_main
-        self._run: Any = None
+        self._wandb: subprocess.Popen[bytes] | None = None
         if not is_main:
             return
         self._file = recipe.run_folder / "metrics.jsonl"
-        last_logged = _cut_back(self._file, resumed_step if logged_step is None else logged_step)
         self._unwritten: list[str] = []
-        # This very file, even if another job replaces it (see lease.py).
-        self._rows = self._file.open("ab", buffering=0)
-        self._run, self._last_step_sent = None, -1
-        try:
-            self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
-        except Exception as error:  # nothing that W&B does may end a run
-            print(f"W&B does not start, metrics.jsonl has every row ({error})", flush=True)
+        self._open(resumed_step if logged_step is None else logged_step)
+        self._system = SystemMetrics()
+        self._said = b""
+        self._wandb = _start_wandb(recipe)
         self._total_steps = total_steps
         self._bar = tqdm(
             total=total_steps, initial=resumed_step, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
@@ -57,7 +58,8 @@ class Tracker:
         """
         if not self.is_main:
             return
-        self._unwritten.append(json.dumps({"step": step} | row) + "\n")
+        self._relay()
+        self._unwritten.append(json.dumps({"step": step} | row | self._system.latest) + "\n")
         try:
             lease.check()
             self._append("".join(self._unwritten).encode())
@@ -67,9 +69,6 @@ class Tracker:
                 text = f"metrics.jsonl cannot be written ({error}); training goes on, and its rows are kept in memory"
                 self.say(f"WARNING: {text}")
                 self.alert("metrics cannot be written", text)
-        # W&B's history only grows: rows of steps that were already sent before a crash would be shifted to new ones.
-        if self._run is not None and step > self._last_step_sent:
-            self._guarded(lambda run: run.log(row, step=step, commit=True))  # else the row waits for the next step
         if self._bar.disable:
             print(f"step {step}/{self._total_steps}  {show}{self._remaining(step)}", flush=True)
         else:
@@ -101,8 +100,12 @@ class Tracker:
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B tell the user, by mail or as they have set there."""
-        if self._run is not None:
-            self._guarded(lambda run: run.alert(title=title, text=text, level="ERROR"))
+        self._tell({"event": "alert", "title": title, "text": text})
+
+    def artifact(self, kind: str, path: Path, metadata: dict[str, Any]) -> None:
+        """Have W&B list a folder (by reference: it stays where it is) or keep a file, as an artifact of this kind.
+        `metadata` has the step."""
+        self._tell({"event": "artifact", "kind": kind, "path": str(path.absolute()), "metadata": metadata})
 
     def rewind(self, step: int) -> None:
         """The run goes on from an earlier step: later rows are dropped from metrics.jsonl. W&B keeps those it has, and
@@ -110,23 +113,54 @@ class Tracker:
         if self.is_main:
             self._rows.close()
             self._unwritten.clear()
-            self._last_step_sent = max(self._last_step_sent, _cut_back(self._file, step))
-            self._rows = self._file.open("ab", buffering=0)
+            self._open(step)
             self._started, self._first_step = time.monotonic(), step
 
     def finish(self, summary: dict[str, Any]) -> None:
-        if self.is_main:
-            self._bar.close()
-        if self._run is not None:
-            self._guarded(lambda run: run.summary.update(summary))
-            self._guarded(lambda run: run.finish())
+        """The end of the run. Waits till W&B has everything, and no longer than END_SECONDS: its process ends then."""
+        if not self.is_main:
+            return
+        self._bar.close()
+        self._system.stop()
+        if (process := self._wandb) is None:
+            return
+        self._tell({"event": "finish", "summary": summary})
+        if process.stdin:
+            process.stdin.close()
+        deadline = time.monotonic() + END_SECONDS + 5
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._relay()
+        self._wandb = None
 
-    def _guarded(self, action: Callable[[Any], Any]) -> None:
-        try:
-            action(self._run)
-        except Exception as error:  # a dead wandb-core raises into the caller
-            self._run = None
-            self.say(f"W&B stopped working, training goes on without it; metrics.jsonl has every row ({error})")
+    def _open(self, step: int) -> None:
+        """Go on behind the row of this step."""
+        _cut_back(self._file, step)
+        # This very file, even if another job replaces it (see lease.py).
+        self._rows = self._file.open("ab", buffering=0)
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Send to the process of W&B, without ever waiting; any thread."""
+        if self._wandb is None or self._wandb.stdin is None:
+            return
+        line = json.dumps(event, ensure_ascii=False).encode()
+        if len(line) >= _LONGEST_EVENT and "text" in event:
+            line = json.dumps(event | {"text": event["text"][:500]}, ensure_ascii=False).encode()
+        with contextlib.suppress(OSError):  # full: W&B has long not read; broken: it has ended, and `_relay` tells
+            os.write(self._wandb.stdin.fileno(), line + b"\n")
+
+    def _relay(self) -> None:
+        """Show what the process of W&B has to say."""
+        if self._wandb is None or self._wandb.stdout is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            self._said += os.read(self._wandb.stdout.fileno(), 1 << 16)
+        *lines, self._said = self._said.split(b"\n")
+        for line in lines:
+            self.say(line.decode(errors="replace"))
+        if (code := self._wandb.poll()) not in (None, 0):
+            self._wandb = None
+            self.say(f"W&B's process ended ({code}), see wandb/tracker.log; `fullft wandb` sends what is missing")
 
     def _remaining(self, step: int) -> str:
         if step <= self._first_step or step >= self._total_steps:
@@ -136,51 +170,38 @@ class Tracker:
         return f"  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
-def _cut_back(file: Path, step: int) -> int:
-    """Replace the file by one without the rows after `step`, which will be logged again; returns its last step."""
+def _cut_back(file: Path, step: int) -> None:
+    """Replace the file by one without the rows after `step`, which will be logged again."""
     lines = file.read_text().splitlines() if file.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     kept = [row for row in rows if row["step"] <= step]
     lease.write(file, "".join(json.dumps(row) + "\n" for row in kept))
-    return max((row["step"] for row in rows), default=-1)
 
 
-def _start_wandb(recipe: Recipe, last_logged: int) -> tuple[Any, int]:
-    """The W&B run, and the last step it was ever sent.
-
-    Both are kept in wandb_run.json of the run folder, so a resumed run goes on in the same W&B run, and no step is
-    sent twice however often it is killed.
-    """
-    mode: Any = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
+def _start_wandb(recipe: Recipe) -> subprocess.Popen[bytes] | None:
+    """The process that owns the W&B run; its id is in wandb_run.json, so a resumed run goes on in the same one."""
+    mode = os.environ.get("WANDB_MODE", recipe.tracking.wandb)
     if mode == "disabled":
-        return None, -1
-    import wandb
-
-    if mode == "online" and not wandb.api.api_key:
-        print("W&B: no API key (run `wandb login`), so this run is tracked offline", flush=True)
-        mode = "offline"
-    file = recipe.run_folder / "wandb_run.json"
-    known: dict[str, Any] = (
-        json.loads(file.read_text()) if file.exists() else {"id": secrets.token_hex(4), "last_step": -1}
-    )
-    known["last_step"] = max(known["last_step"], last_logged)
-    lease.write(file, json.dumps(known))
-    os.environ.setdefault("WANDB_SILENT", "true")
-    arguments: dict[str, Any] = {
-        "project": os.environ.get("WANDB_PROJECT", recipe.tracking.project),
-        "name": recipe.tracking.name or recipe.run_folder.name, "id": known["id"], "resume": "allow",
-        "dir": recipe.run_folder, "config": recipe.model_dump(mode="json"), "tags": recipe.tracking.tags,
-    }  # fmt: skip
-    settings = wandb.Settings(
-        init_timeout=20, finish_timeout=60, x_transaction_log_flush_interval=1, console="off", silent=True
-    )
+        return None
+    folder = recipe.run_folder
+    if not (folder / "wandb_run.json").exists():
+        lease.write(folder / "wandb_run.json", json.dumps({"id": secrets.token_hex(4)}))
+    code = str(Path(__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (code, os.environ.get("PYTHONPATH"))))}
+    command = [sys.executable, "-m", "fullft.wandb_run", str(folder.absolute()), mode]
     try:
-        run = wandb.init(mode=mode, settings=settings, **arguments)
-    except Exception as error:
-        print(f"W&B cannot be reached, so this run is tracked offline ({error})", flush=True)
-        wandb.teardown()
-        run = wandb.init(mode="offline", settings=settings, **arguments)
-    run.define_metric("train/global_step")
-    for group in ("train/*", "perf/*", "checkpoint/*", "data/*", "eval/*", "retention/*", "skill/*"):
-        run.define_metric(group, step_metric="train/global_step")
-    return run, known["last_step"]
+        (folder / "wandb").mkdir(exist_ok=True)
+        with (folder / "wandb" / "tracker.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, str(lease.generation()), str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
+                start_new_session=True, bufsize=0,
+            )  # fmt: skip
+    except OSError as error:
+        print(f"W&B does not start, metrics.jsonl has every row ({error})", flush=True)
+        return None
+    assert process.stdin
+    assert process.stdout
+    os.set_blocking(process.stdin.fileno(), False)
+    os.set_blocking(process.stdout.fileno(), False)
+    return process

@@ -27,8 +27,9 @@ from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
 from fullft.retention import rollback
 from fullft.retention.pull import Pull, attach, averaged
-from fullft.retention.report import evaluations, model_card, score, summary_lines, write_report
+from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.rollback import step_of
+from fullft.retention.runlog import evaluations
 from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
 from fullft.shards import start_optimizer
@@ -115,7 +116,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         stopping = signals.heed(signalled)  # the same on all ranks
-        to_evaluate = bool(inputs.suite.tasks) and is_due(step, recipe.retention.every_steps, inputs.total_steps)
+        to_evaluate = bool(inputs.suite.tasks) and inputs.suite.budget.is_due(step, seconds)
         evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
         abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
         stopping |= abandoned
@@ -444,10 +445,14 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
+    tracker.artifact("model", recipe.run_folder / "export", {"step": inputs.total_steps})
+    tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
     signals.enter("over")
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
+    if cluster.is_main:
+        tracker.say(summary["verdict"]["sentence"])
     tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
 
 
@@ -471,7 +476,7 @@ def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         lease.take(folder, recipe.checkpoint.lease_seconds)
         lease.write(folder / "recipe.yaml", recipe.to_yaml())
         lease.write(folder / "env.json", json.dumps(environment, indent=1))
-        lease.write(folder / "plan.json", json.dumps(inputs.plan, indent=1))
+        lease.write(folder / "plan.json", json.dumps(inputs.plan | {"warnings": inputs.warnings}, indent=1))
         remove_marker(folder)
         set_state(folder, "running")
         if (folder / "export").exists():  # of an end that was interrupted: it is exported again

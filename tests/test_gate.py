@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 from pathlib import Path
@@ -10,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TEXTS, chats, metrics, write_jsonl
+from conftest import chats, metrics, write_jsonl, write_recipe
 from ranks import Ranks
 from scipy.stats import norm
 
-from fullft.recipe import Gate
+from fullft.cli import check
+from fullft.errors import BadInput
+from fullft.preflight import preflight
+from fullft.recipe import Gate, parse_recipe
 from fullft.retention.gate import decide, error_of_look, last_ok
 
 GATE = Gate(action="stop", max_drop=0.02, patience=1)
@@ -104,17 +108,18 @@ def test_false_alarms_of_healthy_runs_are_at_most_five_percent(correlation: floa
 def forgetful(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe whose rate destroys what the base could do within a few steps."""
     folder = tmp_path_factory.mktemp("gate")
-    lines = [{"text": f"{text} {at}"} for at, text in enumerate(TEXTS * 4)]
+    rng = random.Random(1)  # of characters that the training data lack, and so will be thought unlikely
+    lines = [{"text": "".join(rng.choices("ZQXJK%$#@&*{}", k=40))} for _ in range(16)]
     return {
         "run_dir": str(folder / "run"), "model": {"path": str(tiny_model)},
         "data": {"train": str(write_jsonl(folder / "train.jsonl", chats(40))), "sequence_length": 128},
         "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-2,
-                  "warmup_steps": 0, "schedule": "constant"},
-        "checkpoint": {"every_steps": 1, "keep": 1},
+                  "warmup_steps": 4, "schedule": "constant"},
+        "checkpoint": {"every_steps": 1, "keep": 1, "keep_best": False},
         "retention": {
             "every_steps": 1,
             "tasks": [{"name": "texts", "kind": "text", "data": str(write_jsonl(folder / "texts.jsonl", lines))}],
-            "gate": {"max_drop": 0.02, "patience": 2},
+            "gate": {"max_drop": 0.15, "patience": 2},
         },
         "tracking": {"wandb": "disabled"}, "export": {"dtype": "fp32"},
     }  # fmt: skip
@@ -203,6 +208,43 @@ def test_a_rollback_goes_back_trains_gentler_and_ends_well(rolled_back: tuple[di
     # The first step again, from the weights of before: the same loss.
     first = entry["to_step"]
     assert rows[first]["train/loss"] == pytest.approx(aside[0]["train/loss"], rel=1e-6)
+
+
+@pytest.mark.ranks
+def test_a_resume_needs_the_items_of_step_0(rolled_back: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+    recipe = rolled_back[0] | {"run_dir": str(shutil.copytree(rolled_back[1], tmp_path / "run"))}
+    preflight(parse_recipe(recipe), 2)
+    items = tmp_path / "run/retention/items/step-00000000.texts.jsonl"
+    whole = items.read_text()
+    for damaged in (whole[:-20], "".join(whole.splitlines(keepends=True)[:-1])):
+        items.write_text(damaged)
+        with pytest.raises(BadInput, match=rf"task texts: {items}.*Put it back, or train into another run_dir"):
+            preflight(parse_recipe(recipe), 2)
+    items.unlink()
+    with pytest.raises(BadInput, match=str(items)):
+        preflight(parse_recipe(recipe), 2)
+    items.write_text(whole)
+    suite = tmp_path / "run/retention/suite.json"
+    suite.write_text(suite.read_text().replace('"items_sha256": "', '"items_sha256": "0'))
+    with pytest.raises(BadInput, match="task texts: its items are not those that"):
+        preflight(parse_recipe(recipe), 2)
+
+
+def test_check_tells_the_smallest_drop_that_a_task_shows(
+    forgetful: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [
+        {"question": f"{at} or {at + 1}?", "choices": [f"{at}", f"{at + 1}"], "answer": at % 2, "page": at // 5}
+        for at in range(100)
+    ]
+    task = {"name": "facts", "kind": "multiple_choice", "data": str(write_jsonl(tmp_path / "q.jsonl", questions))}
+    recipe = gated(forgetful, "check")
+    recipe["retention"]["tasks"] = [*recipe["retention"]["tasks"], task, task | {"name": "p", "cluster_field": "page"}]
+    check(str(write_recipe(recipe, tmp_path / "recipe.yaml")), [], 2, False)
+    said = capsys.readouterr().out
+    assert "retention facts: 100 items show a drop of 8.5 points with 80% power, if 10% of the items flip" in said
+    assert "retention p: 100 items in 20 clusters show a drop of 9.3 points" in said
+    assert "retention texts: 16 items show a drop of 0.035 bits per byte" in said
 
 
 @pytest.mark.ranks

@@ -94,24 +94,6 @@ def test_the_export_has_the_loss_of_the_last_evaluation(
     assert last["score"] < first["score"]
 
 
-def test_evaluations_do_not_depend_on_the_number_of_ranks(
-    measured: dict[str, Any], launch: Launch, tmp_path: Path
-) -> None:
-    # 3 texts, 5 prompts and one row of validation: on 3 ranks some have nothing to do, and must not hang the others.
-    measured["data"]["validation"] = {"path": measured["data"]["validation"], "limit": 1}
-    measured["retention"]["generation_batch_size"] = 2
-    measured["train"] |= {"global_batch_size": 6, "steps": 2}
-    found = []
-    for ranks in (1, 2, 3):
-        run = measured | {"run_dir": str(tmp_path / f"ranks-{ranks}")}
-        launch(run, ranks=ranks)
-        found.append((evaluation(run, 0), evaluation(run, 2)))
-    for step in (0, 1):
-        for name in ("validation", "texts", "answers"):
-            scores = [result[step][name]["score"] for result in found]
-            assert scores == pytest.approx([scores[0]] * 3, rel=1e-5)
-
-
 def test_text_scores_are_those_of_plain_transformers(
     measured: dict[str, Any], launch: Launch, tiny_model: Path
 ) -> None:

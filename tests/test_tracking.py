@@ -1,55 +1,128 @@
-"""metrics.jsonl and W&B hold every step once, whatever happens to the run or to W&B."""
+"""metrics.jsonl and W&B hold every step once, whatever happens to the run, to W&B or to the network."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from conftest import chats, write_jsonl
+from fake_wandb import FakeWandb
+from ranks import Ranks, wait_for
 from wandb.proto import wandb_internal_pb2
 
+from fullft import wandb_run, workspace
 from fullft.recipe import Recipe, parse_recipe
 from fullft.tracking import Tracker
 
-# A training process: logs steps `first` to `last`, then ends well or is killed.
+# A training process: logs steps `first` to `last`, then ends well or is killed. It prints how long W&B held it up.
 LOGGER = """
-import os, signal, sys
+import os, signal, sys, time
+import psutil
 from fullft.recipe import load_recipe
 from fullft.tracking import Tracker
 config, resumed, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+started = time.perf_counter()
 tracker = Tracker(load_recipe(config), True, 20, resumed)
-for step in range(resumed + 1, last + 1):
-    tracker.log(step, {"train/global_step": step, "train/loss": 1 / step}, "")
+seconds = [time.perf_counter() - started]
+def processes(name):
+    return [one for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
+def log(*steps):
+    for step in range(*steps):
+        started = time.perf_counter()
+        tracker.log(step, {"train/global_step": step, "train/loss": 1 / step}, "")
+        seconds.append(time.perf_counter() - started)
+if end == "core dies":
+    log(resumed + 1, 3)
+    while not processes("wandb-core"):
+        time.sleep(0.1)
+    time.sleep(2)
+    [one.kill() for one in processes("wandb-core")]
+    log(3, last + 1)
+elif end == "server dies":
+    log(resumed + 1, last)
+    print("dying", flush=True)
+    sys.stdin.read()
+    tracker.alert("pending", "while nobody answers")
+    log(last, last + 1)
+else:
+    log(resumed + 1, last + 1)
+if end == "tracker dies":
+    [one.kill() for one in processes("wandb_run")]
+if end == "rewound":
+    time.sleep(1.5)
+    tracker.rewind(3)
+    log(4, last + 3)
 if end == "killed":
-    import time
-    time.sleep(3)  # wandb-core writes once a second
     os.kill(os.getpid(), signal.SIGKILL)
+tracker.alert("the end", "x" * 10_000)
+started = time.perf_counter()
 tracker.finish({"final": 1.0})
+print("SECONDS", sum(seconds), time.perf_counter() - started)
 """
 
 
+def a_recipe(folder: Path, mode: str) -> Recipe:
+    recipe = parse_recipe(
+        {
+            "run_dir": str(folder / "run"), "model": {"path": "no/model"}, "data": {"train": "none.jsonl"},
+            "tracking": {"wandb": mode, "project": "tests", "group": "seeds", "tags": ["t"]},
+        }
+    )  # fmt: skip
+    recipe.run_folder.mkdir(parents=True)
+    (recipe.run_folder / "recipe.yaml").write_text(recipe.to_yaml())
+    return recipe
+
+
 @pytest.fixture
-def tracked(recipe: dict[str, Any]) -> Recipe:
-    recipe["tracking"] = {"wandb": "offline", "project": "tests"}
-    parsed = parse_recipe(recipe)
-    parsed.run_folder.mkdir(parents=True)
-    (parsed.run_folder / "recipe.yaml").write_text(parsed.to_yaml())
-    return parsed
+def tracked(tmp_path: Path) -> Recipe:
+    return a_recipe(tmp_path, "offline")
 
 
-def log(recipe: Recipe, resumed: int, last: int, end: str) -> None:
-    config = str(recipe.run_folder / "recipe.yaml")
+def start(recipe: Recipe, resumed: int, last: int, end: str, **env: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    command = [sys.executable, "-c", LOGGER, config, str(resumed), str(last), end]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr
+    command = [sys.executable, "-c", LOGGER, str(recipe.run_folder / "recipe.yaml"), str(resumed), str(last), end]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, env=environment | env, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def log(recipe: Recipe, resumed: int, last: int, end: str, **env: str) -> str:
+    """What it printed. A pipe that W&B's process had inherited would be open, and this wait for it."""
+    process = start(recipe, resumed, last, end, **env)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == (-signal.SIGKILL if end == "killed" else 0), output
+    return output
+
+
+def seconds(output: str) -> tuple[float, float]:
+    """(in Tracker() and log(), in finish())"""
+    words = output.split("SECONDS ")[1].split()
+    return float(words[0]), float(words[1])
+
+
+def wait_for_trackers(folder: Path) -> None:
+    def mine() -> list[psutil.Process]:
+        found = []
+        for one in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                line = " ".join(one.cmdline())
+                if "wandb_run" in line and str(folder) in line:
+                    found.append(one)
+        return found
+
+    wait_for(lambda: not mine(), "end of W&B's process", wandb_run.END_SECONDS + 60)
 
 
 def records(file: Path) -> Iterator[Any]:
@@ -71,57 +144,310 @@ def records(file: Path) -> Iterator[Any]:
             body = b""
 
 
-def wandb_steps(recipe: Recipe) -> tuple[set[str], list[int]]:
-    """(run ids, steps of the history) over all offline parts of a run."""
-    ids, steps = set(), []
-    for file in sorted(recipe.run_folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in records(file):
-            if record.WhichOneof("record_type") == "run":
-                ids.add(record.run.run_id)
-            if record.WhichOneof("record_type") == "history":
-                values = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-                steps.append(int(values["_step"]))
-    return ids, steps
+def of_kind(folder: Path, kind: str) -> list[Any]:
+    """All records of a kind, over all offline parts of a run, as `wandb sync` reads them."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    found = [record for file in files for record in records(file) if record.WhichOneof("record_type") == kind]
+    return [getattr(record, kind) for record in found]
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row.item}
+        for row in of_kind(folder, "history")
+    ]
+
+
+def wandb_steps(recipe: Recipe) -> list[int]:
+    wait_for_trackers(recipe.run_folder)
+    known = json.loads((recipe.run_folder / "wandb_run.json").read_text())["id"]
+    assert {run.run_id for run in of_kind(recipe.run_folder, "run")} == {known}
+    rows = history(recipe.run_folder)
+    assert all(row["_step"] == row["train/global_step"] for row in rows)
+    return [row["_step"] for row in rows]
+
+
+def rows_of(recipe: Recipe) -> list[int]:
+    return [json.loads(line)["step"] for line in (recipe.run_folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_resumed_run_is_one_run_with_every_step_once(tracked: Recipe) -> None:
-    log(tracked, 0, 6, "killed")
+    log(tracked, 0, 6, "killed")  # the rest is sent though the trainer is gone
     log(tracked, 3, 4, "killed")  # the checkpoint was of step 3: steps 4 to 6 are done again,
     log(tracked, 3, 9, "well")  # and again
-    rows = [json.loads(line) for line in (tracked.run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 10))
-    ids, steps = wandb_steps(tracked)
-    assert ids == {json.loads((tracked.run_folder / "wandb_run.json").read_text())["id"]}
-    assert steps == list(range(1, 10))
+    assert rows_of(tracked) == list(range(1, 10))
+    assert wandb_steps(tracked) == list(range(1, 10))
+    assert [alert.title for alert in of_kind(tracked.run_folder, "alert")] == ["the end"]
 
 
-def test_a_torn_last_line_is_cut_off(tracked: Recipe) -> None:
-    file = tracked.run_folder / "metrics.jsonl"
+def test_after_a_rollback_w_and_b_goes_on_behind_what_it_has(tracked: Recipe) -> None:
+    log(tracked, 0, 6, "rewound")
+    assert rows_of(tracked) == list(range(1, 9))
+    assert wandb_steps(tracked) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("end", ["core dies", "tracker dies"])
+def test_training_goes_on_when_wandb_dies(tracked: Recipe, end: str) -> None:
+    output = log(tracked, 0, 5, end)
+    assert rows_of(tracked) == [1, 2, 3, 4, 5]
+    assert ("started anew" if end == "core dies" else "process ended (-9)") in output
+    if end == "tracker dies":
+        log(tracked, 5, 6, "well")
+    assert wandb_steps(tracked) == rows_of(tracked)
+
+
+def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
+    recipe = a_recipe(tmp_path, "disabled")
+    file = recipe.run_folder / "metrics.jsonl"
     file.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "train/lo')
-    Tracker(
-        tracked.model_copy(update={"tracking": tracked.tracking.model_copy(update={"wandb": "disabled"})}), True, 9, 1
-    )
+    Tracker(recipe, True, 9, 1)
     assert file.read_text() == '{"step": 1, "train/loss": 2.0}\n'
+
+
+def test_a_line_that_is_being_written_is_read_later(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st')
+    rows = wandb_run.Rows(file)
+    assert [row["step"] for row in rows.new()] == [1]
+    with file.open("a") as more:
+        more.write('ep": 2}\n')
+    assert [row["step"] for row in rows.new()] == [2]
+    (tmp_path / "other").write_text('{"step": 1}\n')
+    (tmp_path / "other").rename(file)  # as a rollback or a new job does
+    assert [row["step"] for row in rows.new()] == [1]
 
 
 def test_ranks_other_than_the_first_write_nothing(tracked: Recipe) -> None:
     tracker = Tracker(tracked, False, 20, 0)
     tracker.log(1, {"train/loss": 1.0}, "")
+    tracker.alert("a", "b")
+    tracker.rewind(0)
     tracker.finish({})
     assert [path.name for path in tracked.run_folder.iterdir()] == ["recipe.yaml"]
 
 
-def test_training_goes_on_when_wandb_dies(tracked: Recipe) -> None:
-    program = LOGGER.replace(
-        "for step in",
-        "import psutil\nfor child in psutil.Process().children(recursive=True): child.kill()\nfor step in",
-    )
-    config = str(tracked.run_folder / "recipe.yaml")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
-    done = subprocess.run(
-        [sys.executable, "-c", program, config, "0", "5", "well"],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "training goes on without it" in done.stdout
-    assert len((tracked.run_folder / "metrics.jsonl").read_text().splitlines()) == 5
+def test_rows_have_the_use_of_the_machine(tmp_path: Path) -> None:
+    recipe = a_recipe(tmp_path, "disabled")
+    tracker = Tracker(recipe, True, 9, 0)
+    wait_for(lambda: tracker._system.latest, "a sample", 10)
+    tracker.log(1, {"train/loss": 1.0}, "")
+    tracker.finish({})
+    row = json.loads((recipe.run_folder / "metrics.jsonl").read_text())
+    assert 0 < row["system/rank_memory_gib"] < row["system/host_memory_gib"]
+    assert 0 < row["system/host_memory_percent"] < 100
+
+
+@pytest.mark.parametrize(
+    ("key", "summary"),
+    [
+        ("train/loss", "last,min"), ("train/loss_kl", "last,min"), ("eval/loss", "last,min"),
+        ("retention/wiki/drop", "last,max"), ("retention/worst", "last,max"), ("divergence/kl_general", "last,max"),
+        ("retention/wiki/bits_per_byte", "last,min"), ("retention/arc/acc", "last,min"),
+        ("skill/gsm8k/exact_match", "last,max"), ("skill/chat/loss", "last,min"), ("train/learning_rate", "last"),
+        ("perf/tokens_per_second", "last,mean"),
+    ],
+)  # fmt: skip
+def test_the_table_of_runs_shows_the_best_or_worst_of_a_metric(key: str, summary: str) -> None:
+    assert wandb_run.summary_of(key) == summary
+
+
+def test_the_verdict_is_the_gates_or_that_of_the_interval() -> None:
+    task = {"measures": "retention", "metric": "acc", "base": 0.5, "score": 0.4, "drop": 0.1}
+    tasks = {
+        "old": task, "gone": task | {"drop_ci": [0.05, 0.15], "p_holm": 0.001, "gate": "breach"},
+        "less": task | {"drop_ci": [0.05, 0.15], "gate": "ok"}, "more": task | {"drop_ci": [-0.2, -0.1]},
+        "same": task | {"drop_ci": [-0.1, 0.2], "gate": None},
+    }  # fmt: skip
+    rows = wandb_run.retention_rows({"step": 7, "tasks": tasks})
+    assert [row[-1] for row in rows] == ["", "breach", "worse", "better", "no difference shown"]
+    assert rows[1] == [7, "gone", "retention", "acc", 0.5, 0.4, 0.1, 0.05, 0.15, 0.001, "breach"]
+    assert {len(row) for row in rows} == {len(wandb_run.RETENTION_COLUMNS)}
+
+
+# A real run
+
+
+@pytest.fixture(scope="module")
+def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two ranks that was killed, all at once, and started again."""
+    folder = tmp_path_factory.mktemp("real")
+    prompts = write_jsonl(folder / "prompts.jsonl", chats(6))
+    texts = write_jsonl(folder / "texts.jsonl", [{"text": "What must be kept, whatever comes."}] * 3)
+    recipe = {
+        "run_dir": str(folder / "run"), "model": {"path": str(tiny_model)},
+        "data": {"train": str(write_jsonl(folder / "train.jsonl", chats(40))), "sequence_length": 128},
+        "train": {"steps": 8, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0},
+        "retention": {
+            "every_steps": 4, "generation_batch_size": 1,
+            "tasks": [
+                {"name": "kept", "kind": "text", "data": str(texts)},
+                {"name": "learnt", "kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 8},
+            ],
+        },
+        "checkpoint": {"every_steps": 2, "keep": 9}, "tracking": {"wandb": "offline"}, "export": {"dtype": "fp32"},
+    }  # fmt: skip
+    run = folder / "run"
+    with Ranks(recipe) as ranks:
+        ranks.wait_until((run / "checkpoints").exists, "folder of checkpoints")
+        (run / "checkpoints/step-00000004").touch()  # so that this checkpoint cannot be written, which is an alert
+        ranks.wait_until(lambda: '{"step": 5' in (run / "metrics.jsonl").read_text(), "step 5")
+        ranks.send(signal.SIGKILL)
+    (run / "checkpoints/step-00000004").unlink(missing_ok=True)
+    with Ranks(recipe) as ranks:
+        assert ranks.codes() == [0, 0], ranks.output
+    wait_for_trackers(run)
+    return run
+
+
+@pytest.mark.ranks
+def test_a_killed_run_is_whole_in_w_and_b(real: Path) -> None:
+    assert [row["_step"] for row in history(real)] == list(range(9))
+    assert len(list(real.glob("wandb/offline-run-*"))) == 2
+    exits = [record.exit_code for record in of_kind(real, "exit")]
+    assert exits == [1, 0]
+    assert "checkpoint could not be written" in [alert.title for alert in of_kind(real, "alert")]
+
+
+@pytest.mark.ranks
+def test_every_evaluation_has_its_tables(real: Path) -> None:
+    with_tables = [row["_step"] for row in history(real) if any(key.startswith("tables/") for key in row)]
+    assert with_tables == [0, 4, 8]
+    tables = {path.name: json.loads(path.read_text()) for path in real.glob("wandb/*/files/media/table/tables/*.json")}
+    samples = next(table for name, table in tables.items() if name.startswith("samples_8_"))
+    assert samples["columns"] == list(wandb_run.SAMPLE_COLUMNS)
+    assert len(samples["data"]) == 6
+    stored = [json.loads(line) for line in (real / "samples/step-00000000.learnt.jsonl").read_text().splitlines()]
+    assert [row[4] for row in samples["data"]] == [one["generation"] for one in stored]
+    retention = next(table for name, table in tables.items() if name.startswith("retention_8_"))
+    report = json.loads((real / "retention/step-00000008.json").read_text())
+    assert retention["data"] == json.loads(json.dumps(wandb_run.retention_rows(report)))
+
+
+@pytest.mark.ranks
+def test_the_config_tells_recipe_plan_and_environment(real: Path) -> None:
+    run = of_kind(real, "run")[-1]
+    config = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in run.config.update}
+    assert config["train"]["learning_rate"] == 1e-3
+    assert config["plan"]["steps"] == 8
+    assert config["environment"]["launcher"] == "deepspeed"  # RANK and WORLD_SIZE without a launcher
+    assert config["environment"]["torch"]
+    assert config["git_commit"] == config["environment"]["git_commit"]
+
+
+@pytest.mark.ranks
+def test_every_metric_goes_by_the_optimizer_step(real: Path) -> None:
+    defined = {metric.name: metric for metric in of_kind(real, "metric")}
+    logged = {key for row in history(real) for key in row if not key.startswith(("_", "tables/"))}
+    assert {key.split("/")[0] for key in logged} >= {
+        "train",
+        "retention",
+        "skill",
+        "perf",
+        "data",
+        "checkpoint",
+        "system",
+    }
+    assert logged <= defined.keys()
+    assert {defined[key].step_metric for key in logged - {"train/global_step"}} <= {"train/global_step", ""}
+    assert defined["train/loss"].summary.min
+    assert defined["retention/kept/drop"].summary.max
+
+
+@pytest.mark.ranks
+def test_checkpoints_and_the_model_are_artifacts_by_reference(real: Path) -> None:
+    places: dict[tuple[str, int], set[str]] = {}  # -> folders of the files that are referred to
+    for one in of_kind(real, "artifact"):
+        folders = {entry.ref.rpartition("/")[0] for entry in one.manifest.contents if entry.ref}
+        places[one.type, json.loads(one.metadata or "{}").get("step", 0)] = folders
+    for step in (2, 6, 8):
+        assert places["checkpoint", step] == {(real / f"checkpoints/step-{step:08d}").as_uri()}
+    assert places["model", 8] == {(real / "export").as_uri()}
+    assert ("report", 8) in places
+
+
+# The network
+
+
+def online(server: FakeWandb | int) -> dict[str, str]:
+    url = server.url if isinstance(server, FakeWandb) else f"http://127.0.0.1:{server}"
+    return {"WANDB_BASE_URL": url, "WANDB_API_KEY": "k" * 40}
+
+
+@pytest.fixture(scope="module")
+def outages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe, str]]:
+    """Runs of 5 steps, at once because each waits: a port that is silent, one that refuses, a server that dies."""
+    recipes = {name: a_recipe(tmp_path_factory.mktemp(name), "online") for name in ("silent", "refused", "dying")}
+    with socket.socket() as silent, socket.socket() as refused, ThreadPoolExecutor() as pool:
+        for one in (silent, refused):
+            one.bind(("127.0.0.1", 0))
+        silent.listen(50)
+        waiting = {
+            name: pool.submit(log, recipes[name], 0, 5, "well", **online(one.getsockname()[1]))
+            for name, one in (("silent", silent), ("refused", refused))
+        }
+        server = FakeWandb()
+        process = start(recipes["dying"], 0, 5, "server dies", **online(server))
+        wait_for(lambda: server.steps == [1, 2, 3, 4], "rows at the server", 60)
+        server.stop()
+        output, _ = process.communicate("go", timeout=180)
+        assert process.returncode == 0, output
+        outputs = {name: one.result() for name, one in waiting.items()} | {"dying": output}
+    return {name: (recipe, outputs[name]) for name, recipe in recipes.items()}
+
+
+@pytest.mark.parametrize("name", ["silent", "refused", "dying"])
+def test_an_outage_neither_slows_training_nor_keeps_it_from_ending(
+    outages: dict[str, tuple[Recipe, str]], name: str
+) -> None:
+    recipe, output = outages[name]
+    logging, finishing = seconds(output)
+    assert logging < 2  # init alone would block for 20 s
+    assert finishing < wandb_run.END_SECONDS + 6
+    assert rows_of(recipe) == [1, 2, 3, 4, 5]
+    if name == "dying":
+        assert "`fullft wandb` with the run folder sends them" in output
+    else:
+        assert wandb_steps(recipe) == [1, 2, 3, 4, 5]
+        assert "tracked offline" in output
+
+
+def test_what_w_and_b_lacks_is_sent_later_and_nothing_twice(outages: dict[str, tuple[Recipe, str]]) -> None:
+    for name, held in (("dying", [1, 2, 3, 4]), ("silent", [])):
+        recipe, _ = outages[name]
+        wait_for_trackers(recipe.run_folder)
+        server = FakeWandb()
+        server.history += [{"_step": step} for step in held]
+        for _ in range(2):
+            command = [sys.executable, "-m", "fullft.cli", "wandb", str(recipe.run_folder)]
+            done = subprocess.run(command, env=os.environ | online(server), capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert server.steps == [1, 2, 3, 4, 5]
+        server.stop()
+        assert not list(recipe.run_folder.glob("wandb/offline-run-*"))  # `wandb sync` would send it again
+
+
+def test_online_a_killed_run_is_continued(tmp_path: Path) -> None:
+    recipe, server = a_recipe(tmp_path, "online"), FakeWandb()
+    log(recipe, 0, 6, "killed", **online(server))
+    output = log(recipe, 3, 9, "well", **online(server))
+    assert server.steps == list(range(1, 10))
+    assert server.alerts == ["the end"]
+    assert f"{server.url}/somebody/tests/runs/" in output
+    server.stop()
+
+
+def test_without_a_key_a_run_is_tracked_offline(tmp_path: Path) -> None:
+    recipe = a_recipe(tmp_path, "online")
+    assert "No API key" in log(recipe, 0, 3, "well", HOME=str(tmp_path))
+    assert wandb_steps(recipe) == [1, 2, 3]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb_workspaces") is None, reason="needs the extra `workspace`")
+def test_the_workspace_has_the_charts() -> None:
+    written = workspace.template("somebody", "tests")._to_model().model_dump(mode="json", by_alias=True)
+    sections = written["spec"]["section"]["panelBankConfig"]["sections"]
+    assert [one["name"] for one in sections][:2] == ["Skill against retention", "Tables of the last evaluation"]
+    charts = [panel["config"] for one in sections for panel in one["panels"] if panel["viewType"] != "Weave"]
+    assert {chart["xAxis"] for chart in charts} == {"train/global_step"}
+    assert "^retention/.*/drop$" in {chart["metricRegex"] for chart in charts}
+    assert "tables/samples" in json.dumps(sections)

@@ -149,8 +149,9 @@ def _detect(value: dict[str, Any]) -> str:
     for kind, names in _FIELDS.items():
         if all(value.get(name) is not None for name in names):
             return kind
+    given = [name for name, inner in value.items() if inner is not None]
     raise BadRow(
-        f"has fields {_names(value)}; expected messages, conversations, prompt + completion, instruction + output, "
+        f"has fields {_names(given)}; expected messages, conversations, prompt + completion, instruction + output, "
         "input_ids, or text (other names: map them with `fields`)"
     )
 

@@ -8,9 +8,15 @@ from pathlib import Path
 
 from fullft.data.inspect import Finding, Run, SetView, View, axis, visible
 from fullft.errors import BadInput
-from fullft.retention.report import _STYLE
 
-_PAGE_STYLE = """
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+table { border-collapse: collapse; width: 100% }
+td, th { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #ddd }
+td:nth-child(n+4) { font-variant-numeric: tabular-nums }
+figure { margin: 1.2rem 0 } figcaption { color: #555 } svg { max-width: 100%; height: auto }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
 h2 { border-top: 1px solid #ddd; padding-top: 1.2rem } h3 { font-size: .95rem; overflow-wrap: anywhere }
 td { overflow-wrap: anywhere; vertical-align: top } td:first-child { white-space: nowrap }
 .document { white-space: pre-wrap; overflow-wrap: anywhere } .special { opacity: .6 }
@@ -41,7 +47,7 @@ def _page(view: View) -> str:
     across = "".join(map(_finding_html, view.findings))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>fullft: training data</title><style>{_STYLE}{_PAGE_STYLE}</style></head><body>
+<title>fullft: training data</title><style>{_STYLE}</style></head><body>
 <h1>fullft: training data</h1>
 {across}
 {"".join(map(_section, view.sets))}

@@ -1,8 +1,7 @@
-"""What a run says at its end: a table on the terminal, report.json, report.html, and the model card of the export."""
+"""What a run has come to: a table on the terminal, report.json, and the model card of the export."""
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -13,32 +12,14 @@ from typing import Any
 import yaml
 
 from fullft import __version__, lease
+from fullft.errors import BadInput
 from fullft.recipe import Recipe, fingerprint
 from fullft.retention import stats
-from fullft.retention.evaluation import Evaluation
+from fullft.retention.report_page import page
+from fullft.retention.runlog import Log, evaluations, generations, read_json, read_log, rollbacks, thin
+from fullft.retention.wording import Evaluation, is_share, shown, verdict
 
 _COLUMNS = ("measures", "task", "number", "before", "after")
-_PERCENT = ("exact_match", "acc", "acc_norm", "token_accuracy")
-
-
-def evaluations(run_folder: Path, until: int | None = None) -> list[Evaluation]:
-    """All evaluations of a run (until a step), by step."""
-    found = [json.loads(path.read_text()) for path in sorted((run_folder / "retention").glob("step-*.json"))]
-    return [one for one in found if until is None or one["step"] <= until]
-
-
-def metrics(run_folder: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl (until a step); not a last one that was cut off by a kill."""
-    file = run_folder / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [row for row in rows if until is None or row["step"] <= until]
-
-
-def _shown(number: str, value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value:.1%}" if number in _PERCENT else f"{value:.4g}"
 
 
 def summary_lines(evaluation: Evaluation) -> list[str]:
@@ -46,8 +27,8 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     lines = []
     for name, task in evaluation["tasks"].items():
         numbers = {task["metric"]: task["score"]} | task["extra"]
-        shown = ", ".join(f"{key} {_shown(key, value)}" for key, value in numbers.items() if key != "tokens")
-        lines.append(f"  {task['measures']:<9} {name}: {shown}{_change(task) if evaluation['step'] else ''}")
+        text = ", ".join(f"{key} {shown(key, value)}" for key, value in numbers.items() if key != "tokens")
+        lines.append(f"  {task['measures']:<9} {name}: {text}{_change(task) if evaluation['step'] else ''}")
     return lines
 
 
@@ -62,7 +43,7 @@ def _change(task: dict[str, Any]) -> str:
     low, high = sorted(end if drop > 0 else -end for end in task["drop_ci"])
     adjusted = task["q"] if task["p_holm"] is None else task["p_holm"]
     real = "real" if adjusted < 1 - task["level"] else "may be chance"
-    unit = 100 if metric in _PERCENT else 1
+    unit = 100 if is_share(metric) else 1
     return f"{text} ({task['level']:.0%} CI {low * unit:.3g} to {high * unit:.3g}), {real}"
 
 
@@ -99,13 +80,16 @@ def before_after(found: list[Evaluation]) -> list[tuple[str, ...]]:
     """Rows of `_COLUMNS` from the first and the last evaluation: skill first, then retention."""
     rows = []
     for name, first in found[0]["tasks"].items() if found else ():
-        last = found[-1]["tasks"][name]
+        if (last := found[-1]["tasks"].get(name)) is None:
+            continue
         numbers = {first["metric"]: (first["score"], last["score"])}
         numbers |= {
-            key: (value, last["extra"][key]) for key, value in first["extra"].items() if key not in ("tokens", "loss")
+            key: (value, last["extra"].get(key))
+            for key, value in first["extra"].items()
+            if key not in ("tokens", "loss") and isinstance(value, int | float)
         }
         for number, (before, after) in numbers.items():
-            rows.append((first["measures"], name, number, _shown(number, before), _shown(number, after)))
+            rows.append((first["measures"], name, number, shown(number, before), shown(number, after)))
     return sorted(rows, key=lambda row: row[0] != "skill")
 
 
@@ -119,45 +103,150 @@ def table(run_folder: Path) -> str:
 
 
 def write_report(run_folder: Path) -> dict[str, Any]:
-    """Write report.json and report.html; returns the former."""
-    report = summary(run_folder)
-    lease.write(run_folder / "report.json", json.dumps(report, indent=1))
-    steps = [row for row in metrics(run_folder) if "train/loss" in row]
-    lease.write(run_folder / "report.html", _page(run_folder, evaluations(run_folder), steps))
+    """Write report.json and report.html of a run into its folder; returns the former. A full disk is told, and does
+    not keep the model from being exported."""
+    report = collect(run_folder)
+    try:
+        lease.write(run_folder / "report.json", _json(report))
+        lease.write(run_folder / "report.html", page([report]))
+    except OSError as error:
+        print(f"WARNING: the report cannot be written ({error}); `fullft report {run_folder}` makes it", flush=True)
     return report
+
+
+def write_comparison(run_folders: Sequence[Path], out: Path, blend: Path | None = None) -> list[dict[str, Any]]:
+    """Write one page of one run or several, and the same as JSON beside it; returns the report of each run.
+
+    Raises:
+        BadInput: a folder is of no run, the blend is none, or a file cannot be written.
+    """
+    problems = [
+        f"{folder} is not a run folder of fullft (it has no recipe.yaml)"
+        for folder in run_folders
+        if not (folder / "recipe.yaml").exists()
+    ]
+    if blend is not None and read_json(blend).get("format") != "fullft-blend/1":
+        problems.append(f"--blend: {blend} is not a blend.json of `fullft blend --sweep`")
+    if out.suffix != ".html":
+        problems.append(f"--out: {out} does not end in .html")
+    if problems:
+        raise BadInput(problems)
+    reports = [collect(folder) for folder in run_folders]
+    if blend is not None:
+        reports[-1]["blend"] = read_json(blend)
+    _name_apart(reports, run_folders)
+    try:
+        lease.write(out.with_suffix(".json"), _json(reports[0] if len(reports) == 1 else {"runs": reports}))
+        lease.write(out, page(reports))
+    except OSError as error:
+        raise BadInput(f"--out: {out} cannot be written: {error}") from None
+    return reports
+
+
+def _name_apart(reports: list[dict[str, Any]], run_folders: Sequence[Path]) -> None:
+    """Runs of one name are told apart by their whole path."""
+    names = [report["run"] for report in reports]
+    for report, folder in zip(reports, run_folders, strict=True):
+        if names.count(report["run"]) > 1:
+            report["run"] = str(folder)
+
+
+def _json(report: dict[str, Any]) -> str:
+    return json.dumps(_finite(report), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
     """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
-    found = evaluations(run_folder, until)
-    steps = [row for row in metrics(run_folder, until) if "train/loss" in row]
+    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), whole=until is None)
+
+
+def _summary(run_folder: Path, found: list[Evaluation], log: Log, whole: bool) -> dict[str, Any]:
     last: dict[str, float] = {}
     for name, task in found[-1]["tasks"].items() if found else ():
         last[f"{task['measures']}/{name}/{task['metric']}"] = task["score"]
         last[f"{task['measures']}/{name}/drop"] = task["drop"]
+    step = log.last.get("step", 0)
+    state = read_json(run_folder / "state.json") if whole else {}
+    total = read_json(run_folder / "plan.json").get("steps") if whole else None
     return {
-        "steps": steps[-1]["step"] if steps else 0,
-        "tokens": steps[-1]["train/tokens"] if steps else 0,
-        "final_loss": steps[-1]["train/loss"] if steps else None,
-        "data": _shares(steps),
+        "steps": step,
+        "tokens": log.last.get("train/tokens", 0),
+        "final_loss": log.last.get("train/loss"),
+        "verdict": verdict(found, state, step, total, len(rollbacks(run_folder)) if whole else 0),
+        "data": _shares(log),
         "metrics": last,
         "before_after": [dict(zip(_COLUMNS, row, strict=True)) for row in before_after(found)],
-        "evaluations": [{"step": one["step"], "tasks": one["tasks"]} for one in found],
+        "evaluations": found,
     }
 
 
-def _shares(steps: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _shares(log: Log) -> dict[str, dict[str, float]]:
     """{training set: {share of the tokens of the logged steps, epochs of it that were seen}}."""
-    tokens: dict[str, int] = {}
-    for row in steps:
-        for key, value in row.items():
-            if key.startswith("data/") and key.endswith("/tokens_of_step"):
-                name = key.removeprefix("data/").removesuffix("/tokens_of_step")
-                tokens[name] = tokens.get(name, 0) + value
     return {
-        name: {"share": count / max(sum(tokens.values()), 1), "epochs": steps[-1][f"data/{name}/epochs"]}
-        for name, count in tokens.items()
+        name: {"share": count / max(sum(log.set_tokens.values()), 1), "epochs": log.last[f"data/{name}/epochs"]}
+        for name, count in log.set_tokens.items()
     }
+
+
+def collect(run_folder: Path) -> dict[str, Any]:
+    """All that the page of a run shows: `summary`, and
+
+    run            its name
+    state, planned_steps
+    curves         {metric: {"step", "value", "low", "high"}} as of `thin`
+    blend          content of blend.json; null if there is none
+    rollbacks      see runlog.rollbacks
+    generations    see runlog.generations
+    warnings       [texts]
+    recipe, recipe_text, environment
+    """
+    found, log = evaluations(run_folder), read_log(run_folder)
+    text = (run_folder / "recipe.yaml").read_text()
+    plan = read_json(run_folder / "plan.json")
+    report = {"format": "fullft-report/1", "run": run_folder.absolute().name}
+    report |= _finite(
+        _summary(run_folder, found, log, whole=True)
+        | {
+            "state": read_json(run_folder / "state.json"),
+            "planned_steps": plan.get("steps"),
+            "curves": {key: thin(*curve) for key, curve in sorted(log.curves.items())},
+            "blend": read_json(run_folder / "blend.json") or None,
+            "rollbacks": rollbacks(run_folder),
+            "generations": generations(run_folder),
+            "warnings": [*plan.get("warnings", []), *_troubles(found, log, rollbacks(run_folder))],
+            "recipe": yaml.safe_load(text),
+            "recipe_text": text,
+            "environment": read_json(run_folder / "env.json"),
+        }
+    )
+    return report
+
+
+def _troubles(found: list[Evaluation], log: Log, gone_back: list[dict[str, Any]]) -> list[str]:
+    """What went wrong on the way, that is seen from the run folder."""
+    texts = [
+        f"rolled back from step {one['from_step']:,} to {one['to_step']:,}, from there on learning rate × "
+        f"{one['learning_rate_factor']:g}, pull × {one['pull_factor']:g}: {'; '.join(one['reasons'])}"
+        for one in gone_back
+    ]
+    texts += [
+        f"gate at step {one['step']:,}, {gate['decision']}: {reason}"
+        for one in found
+        if (gate := one.get("gate") or {}).get("decision", "continue") != "continue"
+        for reason in gate.get("reasons", [])
+    ]
+    if log.failed_checkpoints:
+        texts.append(f"{log.failed_checkpoints} checkpoints could not be written")
+    return texts
 
 
 def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
@@ -176,6 +265,7 @@ def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
         f"{report['tokens']:,} tokens{loss}.",
     ]  # fmt: skip
     if report["before_after"]:
+        lines += ["", report["verdict"]["sentence"]]
         lines += ["", "## Before and after", "", "Skill is what it was to learn, retention what it was to keep.", ""]
         lines += _markdown(_COLUMNS, [tuple(row.values()) for row in report["before_after"]])
     if report["data"]:
@@ -197,66 +287,3 @@ def _is_hub_name(path: str) -> bool:
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in cells]
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-table { border-collapse: collapse; width: 100% }
-td, th { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #ddd }
-td:nth-child(n+4) { font-variant-numeric: tabular-nums }
-figure { margin: 1.2rem 0 } figcaption { color: #555 } svg { max-width: 100%; height: auto }
-pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px }
-"""
-
-
-def _page(run_folder: Path, found: list[Evaluation], steps: list[dict[str, Any]]) -> str:
-    """One self-contained page: the table, and curves of the loss and of every task."""
-    figures = []
-    if steps:
-        figures.append(_figure("training loss, nats a token", [(row["step"], row["train/loss"]) for row in steps]))
-    for name, first in found[0]["tasks"].items() if found else ():
-        better = "higher" if first["higher_is_better"] else "lower"
-        caption = f"{first['measures']}: {name}, {first['metric']} ({better} is better), {first['n']} items"
-        figures.append(_figure(caption, [(one["step"], one["tasks"][name]["score"]) for one in found]))
-    head = "".join(f"<th>{column}</th>" for column in _COLUMNS)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in before_after(found)
-    )
-    name = html.escape(run_folder.name)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>fullft: {name}</title><style>{_STYLE}</style></head><body>
-<h1>fullft: {name}</h1>
-<h2>Before and after</h2><table><tr>{head}</tr>{body}</table>
-<h2>While training</h2>{"".join(figures)}
-<h2>Recipe</h2><pre>{html.escape((run_folder / "recipe.yaml").read_text())}</pre>
-</body></html>
-"""
-
-
-def _figure(caption: str, points: list[tuple[float, float]]) -> str:
-    """A line chart as SVG, 720 × 200, with three grid lines and the first and last step."""
-    left, right, top, bottom = 60, 708, 10, 174
-    steps, values = [step for step, _ in points], [value for _, value in points]
-    first, last = min(steps), max(max(steps), min(steps) + 1)
-    low, high = min(values), max(values)
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    places = [
-        (left + (step - first) / (last - first) * (right - left), top + (high - value) / (high - low) * (bottom - top))
-        for step, value in points
-    ]
-    parts = []
-    for share in (0.0, 0.5, 1.0):
-        y = top + share * (bottom - top)
-        parts.append(f"<line x1='{left}' x2='{right}' y1='{y}' y2='{y}' stroke='#e5e5e5'/>")
-        parts.append(f"<text x='{left - 8}' y='{y + 4}' text-anchor='end'>{high + share * (low - high):.3g}</text>")
-    parts.append(f"<text x='{left}' y='194'>step {first:g}</text>")
-    parts.append(f"<text x='{right}' y='194' text-anchor='end'>step {last:g}</text>")
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    parts.append(f"<polyline points='{line}' fill='none' stroke='#2563eb' stroke-width='1.8'/>")
-    if len(places) <= 40:
-        parts += [f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='#2563eb'/>" for x, y in places]
-    drawing = f"<svg viewBox='0 0 720 200' width='720' height='200' font-size='12' fill='#555'>{''.join(parts)}</svg>"
-    return f"<figure><figcaption>{html.escape(caption)}</figcaption>{drawing}</figure>"

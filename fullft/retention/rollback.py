@@ -19,7 +19,7 @@ from fullft import lease
 from fullft.checkpoint import all_complete
 from fullft.recipe import Gate
 from fullft.retention.gate import last_ok
-from fullft.retention.report import evaluations, metrics
+from fullft.retention.runlog import evaluations, metrics
 
 
 @dataclass(frozen=True)

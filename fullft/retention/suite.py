@@ -17,10 +17,11 @@ from fullft.errors import BadInput
 from fullft.recipe import Recipe
 from fullft.retention import baseline, rollback
 from fullft.retention.baseline import file_name
+from fullft.retention.budget import Budget
 from fullft.retention.evaluation import Evaluation, assemble
 from fullft.retention.gate import decide
-from fullft.retention.report import evaluations
 from fullft.retention.run import Batching, run_task, whole_weights
+from fullft.retention.runlog import evaluations
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 
@@ -41,18 +42,19 @@ class Suite:
         )
         self.settings = recipe.retention
         self.tasks = prepare_tasks(recipe, tokenizer)
+        self.budget = Budget(recipe)
         self.total_steps = 0  # of the run, once the data are known (`plan`)
         self.base: dict[str, list[ItemRecord]] = {}  # rank 0: the records of step 0
         self._unwritten: dict[Path, str] = {}  # rank 0: of step 0, which a resume cannot do without
 
     def plan(self, total_steps: int) -> None:
-        """What the gate has to know of the run."""
-        self.total_steps = total_steps
+        """What the gate and the budget have to know of the run."""
+        self.total_steps = self.budget.total_steps = total_steps
 
     @property
     def looks_planned(self) -> int:
         """Evaluations after step 0."""
-        every = self.settings.every_steps
+        every = self.budget.every_steps
         return 1 if every is None else math.ceil(self.total_steps / every)
 
     def evaluate(self, engine: Any, step: int, weights: str = "live") -> Evaluation:
@@ -67,11 +69,16 @@ class Suite:
         """
         started = time.perf_counter()
         engine.eval()
+        tasks = self.budget.tasks(self.tasks, step)
         measured: dict[str, list[ItemRecord]] = {}
         with whole_weights(engine):
-            for prepared in self.tasks:
-                measured[prepared.name] = _records(prepared, run_task(engine, self.tokenizer, prepared, self.batching))
+            for prepared in tasks:
+                items = _records(prepared, run_task(engine, self.tokenizer, prepared, self.batching))
+                measured[prepared.name] = items
+                if dist.get_rank() == 0:
+                    self._write_items(prepared, step, items)
         engine.train()
+        self.budget.took(step, time.perf_counter() - started)
         report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started))
         return report
 
@@ -83,29 +90,28 @@ class Suite:
             self.base = baseline.read(self.folder, self.tasks)
         gate, confidence = self.settings.gate, self.settings.confidence
         report = assemble(self.tasks, measured, self.base, step, confidence, gate.max_drop)
-        report |= {"weights": weights, "seconds": time.perf_counter() - started, "share_of_training": None}
+        report |= {"weights": weights, "seconds": time.perf_counter() - started}
+        report["share_of_training"] = self.budget.share_of_training
         before = [one for one in evaluations(self.folder.parent) if one["step"] < step]
         rollbacks = len(rollback.made(self.folder.parent))
         report = decide(report, before, gate, confidence, self.looks_planned, step == self.total_steps, rollbacks)
-        self._write(step, measured)
+        if step > 0:  # the disk was full then
+            self._unwritten = {file: text for file, text in self._unwritten.items() if not _write(file, text)}
         about, file = json.dumps(baseline.describe(self), indent=1), self.folder / "suite.json"
         if not file.exists() or file.read_text() != about:
             _write(file, about)
         _write(self.folder / f"{file_name(step)}.json", json.dumps(report, indent=1, allow_nan=False))
         return report
 
-    def _write(self, step: int, measured: dict[str, list[ItemRecord]]) -> None:
-        """The items of every task, and the first answers with their prompts."""
-        for prepared in self.tasks:
-            items = measured[prepared.name]
-            name = f"{file_name(step)}.{prepared.name}.jsonl"
-            text = "".join(json.dumps(item) + "\n" for item in items)
-            if not _write(self.folder / "items" / name, text) and step == 0:
-                self._unwritten[self.folder / "items" / name] = text
-            if "generation" in items[0]:
-                shown = [self._sample(prepared, item) for item in items[:_SAMPLES_KEPT]]
-                _write(self.samples / name, "".join(json.dumps(sample) + "\n" for sample in shown))
-        self._unwritten = {file: text for file, text in self._unwritten.items() if step == 0 or not _write(file, text)}
+    def _write_items(self, prepared: Prepared, step: int, items: list[ItemRecord]) -> None:
+        """The items of a task, and its first answers with their prompts."""
+        name = f"{file_name(step)}.{prepared.name}.jsonl"
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        if not _write(self.folder / "items" / name, text) and step == 0:
+            self._unwritten[self.folder / "items" / name] = text
+        if "generation" in items[0]:
+            shown = [self._sample(prepared, item) for item in items[:_SAMPLES_KEPT]]
+            _write(self.samples / name, "".join(json.dumps(sample) + "\n" for sample in shown))
 
     def _sample(self, prepared: Prepared, record: ItemRecord) -> dict[str, Any]:
         item = next(item for item in prepared.items if item.number == record["item"])
