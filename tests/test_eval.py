@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, TEXTS, chats, torchrun, write_jsonl, write_recipe
+from test_launch import deepspeed_here
 
 from fullft import cli
 from fullft.retention.blend import blend_folders
@@ -118,15 +118,12 @@ def test_a_blend_measured_from_its_folder_is_the_one_that_was_measured_in_the_sw
     assert "nothing was evaluated" in again
 
 
-def test_model_and_base_are_measured_in_one_start_by_the_deepspeed_launcher(run: Path, tiny_model: Path) -> None:
-    deepspeed = [f"{sysconfig.get_path('scripts')}/deepspeed", "--num_gpus", "2", "--master_port", "0"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+def test_model_and_base_are_measured_in_one_start_by_the_deepspeed_launcher(
+    run: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     words = ["eval", "recipe.yaml", "--model", "run", "--base", str(tiny_model)]
-    done = subprocess.run(
-        [*deepspeed, "--module", "fullft.cli", *words],
-        cwd=run.parent, env=environment, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    call(*deepspeed_here(), "--module", "fullft.cli", *words, folder=run.parent)
     assert scores(run.parent / "run-eval-run", 0) == near(scores(run, 0))
     assert scores(run.parent / "run-eval-run", 1) == near(scores(run, 6))
 

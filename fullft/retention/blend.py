@@ -50,7 +50,7 @@ from fullft.weights import (
 )
 
 T = TypeVar("T")
-_PIECE = 1 << 21  # elements blended at once
+_PIECE = 1 << 20  # elements blended at once
 _SHOWN = 20
 _INDEX = "model.safetensors.index.json"
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")  # the first number in a tensor's name
@@ -83,7 +83,7 @@ class Pair:
             return self._read(self.base, start, count, DTYPES[self.base.dtype])
         fine = torch.promote_types(torch.float32, torch.promote_types(own, DTYPES[self.base.dtype]))
         base = self._read(self.base, start, count, fine)
-        return base if share == 0 else torch.lerp(base, self._read(self.tuned, start, count, fine), share)
+        return base if share == 0 else base.lerp_(self._read(self.tuned, start, count, fine), share)
 
     def _read(self, stored: Stored, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         values = torch.empty(count, dtype=dtype)
