@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -168,8 +169,10 @@ def set_up(
     Raises:
         Preempted: a signal came to a rank.
     """
+    hosts: list[str] = [""] * cluster.world_size
+    dist.all_gather_object(hosts, socket.gethostname())
     if cluster.is_main:
-        _own_run_folder(recipe, cluster, inputs)
+        _own_run_folder(recipe, cluster, inputs, hosts)
         print(f"loading {recipe.model.path}", flush=True)
     lease.tell_ranks(recipe.run_folder)
     watchdog.start(recipe.run_folder, recipe.train.hang_timeout)
@@ -464,14 +467,15 @@ def mark_failed(folder: Path, reason: str) -> None:
         lease.release()
 
 
-def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
-    """Take the lease of the run folder, and write down what is trained in it, and where.
+def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs, hosts: list[str]) -> None:
+    """Take the lease of the run folder, and write down what is trained in it, and where (`hosts`: of each rank).
 
     Raises:
         BadInput: another process trains into it, or it cannot be written.
     """
     folder = recipe.run_folder
-    environment = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
+    environment: dict[str, Any] = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
+    environment["ranks_of_host"] = {host: hosts.count(host) for host in sorted(set(hosts))}
     try:
         lease.take(folder, recipe.checkpoint.lease_seconds)
         lease.write(folder / "recipe.yaml", recipe.to_yaml())

@@ -31,11 +31,15 @@ from fullft.tracking import Tracker
 LOGGER = """
 import os, signal, sys, time
 import psutil
+from fullft import lease
 from fullft.recipe import load_recipe
 from fullft.tracking import Tracker
 config, resumed, last, end = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+recipe = load_recipe(config)
+if end == "taken over":
+    lease.take(recipe.run_folder, 60)
 started = time.perf_counter()
-tracker = Tracker(load_recipe(config), True, 20, resumed)
+tracker = Tracker(recipe, True, 20, resumed)
 seconds = [time.perf_counter() - started]
 def processes(name):
     return [one for one in psutil.Process().children(recursive=True) if name in " ".join(one.cmdline())]
@@ -61,6 +65,13 @@ else:
     log(resumed + 1, last + 1)
 if end == "tracker dies":
     [one.kill() for one in processes("wandb_run")]
+if end == "taken over":
+    while not processes("wandb-core"):
+        time.sleep(0.1)
+    time.sleep(3)
+    (recipe.run_folder / "lease/generation-00000002").write_text("{}")
+    with (recipe.run_folder / "metrics.jsonl").open("a") as rows:
+        rows.write('{"step": 7, "train/global_step": 7}\\n')
 if end == "rewound":
     time.sleep(1.5)
     tracker.rewind(3)
@@ -194,6 +205,12 @@ def test_training_goes_on_when_wandb_dies(tracked: Recipe, end: str) -> None:
     if end == "tracker dies":
         log(tracked, 5, 6, "well")
     assert wandb_steps(tracked) == rows_of(tracked)
+
+
+def test_nothing_is_sent_of_a_run_folder_that_another_job_has_taken(tracked: Recipe) -> None:
+    log(tracked, 0, 5, "taken over")
+    assert rows_of(tracked) == [1, 2, 3, 4, 5, 7]
+    assert wandb_steps(tracked) == [1, 2, 3, 4, 5]
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
@@ -331,6 +348,7 @@ def test_the_config_tells_recipe_plan_and_environment(real: Path) -> None:
     assert config["plan"]["steps"] == 8
     assert config["environment"]["launcher"] == "deepspeed"  # RANK and WORLD_SIZE without a launcher
     assert config["environment"]["torch"]
+    assert config["environment"]["ranks_of_host"] == {socket.gethostname(): 2}
     assert config["git_commit"] == config["environment"]["git_commit"]
 
 
