@@ -40,6 +40,29 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return nats.view(labels.shape).sum(1)
 
 
+def kl_divergence(
+    logits: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(p || q) at each position, nats: of p are known the k likeliest tokens, all others are taken as one.
+
+    A lower bound of the whole divergence, by the log-sum inequality, and never below 0. It misses how p and q differ
+    among the other tokens, so the mean of p's mass there says how good a bound it is.
+
+    Args:
+        logits: of q, [positions, vocabulary].
+        tokens, logprobs: the likeliest tokens of p and their ln p, [positions, k].
+
+    Returns:
+        the divergence and the mass of p outside of the k tokens, [positions] fp32 each.
+    """
+    log_q = logits.gather(-1, tokens).float() - logits.float().logsumexp(-1, keepdim=True)
+    mass = logprobs.exp().sum(-1)
+    logprobs = logprobs - mass.clamp(min=1).log()[:, None]  # rounding may have made it more than 1
+    p, least = logprobs.exp(), 1e-8
+    rest_p, rest_q = ((1 - one.sum(-1)).clamp(min=least) for one in (p, log_q.exp()))
+    return (p * (logprobs - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log()), rest_p
+
+
 @dataclass(frozen=True)
 class LabelWeights:
     """What a label counts in the loss of its step, so that the loss is a sum over all labels of the global batch:

@@ -98,6 +98,11 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
+    if recipe.train.kl_weight:
+        planned["base_predictions_bytes"] = 6 * recipe.retention.kl_top_k * batches.replay_labels(total)
+        planned["run_folder_bytes"] += planned["base_predictions_bytes"]
+        if problems := _room_problems(recipe, planned):
+            raise BadInput(problems)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,

@@ -23,6 +23,7 @@ from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entro
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
+from fullft.retention.base import ReplayDivergence, replay_divergence
 from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
@@ -44,6 +45,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             leave_for_requeue(recipe, cluster, tracker, step)
         tracker.log(step, unevaluated | evaluation, "before training" if step == 0 else "evaluated")
 
+    divergence = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
+
     signals.enter("training")
     while step < inputs.total_steps:
         started = time.perf_counter()
@@ -53,17 +56,20 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, 0.0)
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats of task rows, of replay rows
+        weights = LabelWeights.of_step(
+            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            # 2. Token cross-entropy, summed over each row
+            # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
             nats = token_cross_entropy(logits, labels)
-            loss = weights.loss(nats, torch.zeros_like(nats), batch.replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum()]).detach()
+            kl = divergence(logits, labels, batch) if divergence else torch.zeros_like(nats)
+            loss = weights.loss(nats, kl, batch.replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
@@ -91,7 +97,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | losses_by_kind(sums_of_step, task_labels, replay_labels)  # fmt: skip
+        } | losses_by_kind(sums_of_step, task_labels, replay_labels, divergence is not None)  # fmt: skip
         row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
@@ -197,12 +203,25 @@ def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
     return int(task_labels), int(replay_labels), int(all_tokens)
 
 
-def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int) -> dict[str, float]:
+def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_kl: bool) -> dict[str, float]:
     """Means over their own tokens, nats, of the kinds of rows that the step has; none if it has no replay rows."""
     if not replay_labels:
         return {}
     found = {"train/loss_replay": sums[1] / replay_labels}
+    found |= {"train/loss_kl": sums[2] / replay_labels} if has_kl else {}
     return found | ({"train/loss_task": sums[0] / task_labels} if task_labels else {})
+
+
+def know_base(
+    recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, step: int, tracker: Tracker
+) -> ReplayDivergence:
+    """What the divergence from the base model on replay rows is taken from."""
+    try:
+        divergence, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
+    except Preempted:
+        leave_for_requeue(recipe, cluster, tracker, step)
+    tracker.say(line)
+    return divergence
 
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any] | None:

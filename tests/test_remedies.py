@@ -24,12 +24,13 @@ from fullft.data.sequences import open_sequences
 from fullft.data.training import build_batches
 from fullft.errors import BadInput
 from fullft.export import export_checkpoint
-from fullft.loss import IGNORE, LabelWeights
+from fullft.loss import IGNORE, LabelWeights, kl_divergence
 from fullft.optim import layer_depths, parameter_groups
 from fullft.recipe import parse_recipe
 
 STEPS = 6
-REMEDIES = {"layerwise_lr_decay": 0.7, "l2_pull": 20.0, "ema_decay": 0.6}
+REMEDIES = {"layerwise_lr_decay": 0.7, "l2_pull": 20.0, "ema_decay": 0.6, "kl_weight": 0.5}
+TOP_K = 20
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def remedied(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     recipe["data"] |= {"replay": [replay], "replay_weight": 0.3}
     # eps 1e-5: with 1e-8, AdamW's first steps are the sign of gradients that are round-off around zero.
     recipe["train"] |= REMEDIES | {"steps": STEPS, "global_batch_size": 12, "eps": 1e-5, "weight_decay": 0.1}
+    recipe["retention"] = {"kl_top_k": TOP_K}
     recipe["checkpoint"] = {"every_steps": STEPS // 2}
     # Threshold 0: every parameter is really partitioned; the default keeps those of a tiny model whole.
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -70,8 +72,9 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         decays = tensor.ndim == 2 and "embed" not in name
         groups.append({"params": [tensor], "weight_decay": train.weight_decay if decays else 0.0})
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(train.beta1, train.beta2), eps=train.eps)
-    found: dict[str, Any] = {"loss": [], "task": [], "replay": [], "distance": []}
+    found: dict[str, Any] = {"loss": [], "task": [], "replay": [], "distance": [], "kl": []}
     for step in range(STEPS):
+        kl: list[torch.Tensor] = []
         nats: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # of each label: of task rows, of replay rows
         for of_set, sequence in order.sequences_of_step(step):
             one = order.sets[of_set]
@@ -80,11 +83,13 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
                 ids = torch.from_numpy(tokens).long()[None]
                 labels = torch.where(torch.from_numpy(trained), ids, IGNORE)[0, 1:]
                 logits = model(ids).logits[0, :-1][labels != IGNORE]
+                if of_set == 1:
+                    kl.append(top_k_divergence(base(ids).logits[0, :-1][labels != IGNORE].detach(), logits))
                 nats[of_set == 1].append(F.cross_entropy(logits, labels[labels != IGNORE], reduction="none"))
         task, replay = (torch.cat(nats[kind]) if nats[kind] else torch.zeros(0) for kind in (False, True))
         weight = order.replay_label_weight
         loss = (task.sum() + weight * replay.sum()) / (len(task) + weight * len(replay))
-        loss.backward()
+        (loss + train.kl_weight * torch.cat(kl).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         rate = train.learning_rate * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
@@ -100,8 +105,18 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         found["loss"].append(loss.item())
         found["task"].append(task.mean().item())
         found["replay"].append(replay.mean().item())
+        found["kl"].append(torch.cat(kl).mean().item())
         found["distance"].append(math.sqrt(moved / size))
     return found | {"weights": average}
+
+
+def top_k_divergence(base: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(base || model) at each position, the tokens outside of the base's likeliest taken as one."""
+    best = base.log_softmax(-1).topk(TOP_K)
+    p = best.values.half().float().exp()  # as they are stored
+    q = logits.softmax(-1).gather(-1, best.indices)
+    p, q = (torch.cat([one, 1 - one.sum(-1, keepdim=True)], -1) for one in (p, q))
+    return (p * (p / q).log()).sum(-1)
 
 
 @pytest.mark.ranks
@@ -112,7 +127,10 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
     whole = Path(remedied["run_dir"])
     expected = reference_run(remedied, tmp_path / "cache")
     rows = metrics(remedied)
-    for key, name in (("loss", "loss"), ("task", "loss_task"), ("replay", "loss_replay"), ("distance", "l2_distance")):
+    for key, name in (
+        ("loss", "loss"), ("task", "loss_task"), ("replay", "loss_replay"), ("kl", "loss_kl"),
+        ("distance", "l2_distance"),
+    ):  # fmt: skip
         assert [row[f"train/{name}"] for row in rows] == pytest.approx(expected[key], abs=1e-5), name
     tuned = load_file(whole / "export" / "model.safetensors")
     for name, tensor in expected["weights"].items():
@@ -120,6 +138,8 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
             torch.testing.assert_close(
                 tuned[name], tensor, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+    assert rows[0]["train/loss_kl"] < 1e-6 < 1e-3 < rows[-1]["train/loss_kl"]  # it begins as the base model
 
     # The command for a checkpoint gives what the run gave: the average.
     export_checkpoint(whole, tmp_path / "again")
@@ -201,3 +221,21 @@ def test_learning_rate_falls_from_head_to_embedding(tiny_model: Path, recipe: di
     model.model.layers = torch.nn.Sequential(*model.model.layers)
     with pytest.raises(BadInput, match="no list of its 2 layers"):
         layer_depths(model)
+
+
+def test_divergence_of_known_tokens_is_a_bound_and_exact_when_all_are_known() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(50, 40) * 2, torch.randn(50, 40) * 2
+    whole = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    before = torch.zeros(50)
+    for k in (1, 8, 39):  # 39: of one token that is left over all is known
+        best = p.log_softmax(-1).topk(k)
+        found, rest = kl_divergence(q, best.indices, best.values)
+        assert (found >= before - 1e-5).all()
+        assert (found <= whole + 1e-5).all()
+        torch.testing.assert_close(rest, 1 - best.values.exp().sum(-1), atol=1e-6, rtol=1e-4)
+        before = found
+    torch.testing.assert_close(before, whole, atol=1e-4, rtol=1e-4)
+    best = p.log_softmax(-1).topk(40)
+    same, _ = kl_divergence(p, best.indices, best.values.half().float())
+    assert same.abs().max() < 1e-5

@@ -117,7 +117,7 @@ def _share(count: int, run: Callable[[int], Any], device: str) -> list[Any]:
     return [merged[batch] for batch in range(count)]
 
 
-def _batched(lengths: Sequence[int], size: int) -> list[list[int]]:
+def batched(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices by falling length in batches of `size`: little padding, and the largest batch comes first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -126,7 +126,7 @@ def _batched(lengths: Sequence[int], size: int) -> list[list[int]]:
 def _run_text(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[str, Any]]:
     """Per item: sum of ln p of its labels (nats), number of labels, how many were the likeliest token."""
     windows = [(number, window) for number, item in enumerate(prepared.items) for window in item.windows]
-    batches = _batched([len(ids) for _, (ids, _) in windows], suite.text_batch_size)
+    batches = batched([len(ids) for _, (ids, _) in windows], suite.text_batch_size)
 
     @torch.no_grad()
     def run(batch: int) -> list[tuple[int, float, int, int]]:
@@ -171,7 +171,7 @@ def _run_generate(engine: Any, prepared: Prepared, suite: Suite) -> list[dict[st
         eos_token_id=sorted(stops) or None,
         pad_token_id=padding,
     )
-    batches = _batched([len(item.prompt) for item in prepared.items], suite.generation_batch_size)
+    batches = batched([len(item.prompt) for item in prepared.items], suite.generation_batch_size)
 
     @torch.no_grad()
     def run(batch: int) -> list[tuple[int, str]]:
