@@ -23,6 +23,7 @@ from fullft.errors import BadInput
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
+from fullft.retention import baseline
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -89,7 +90,10 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
-    problems += _prompt_problems(suite, meta) if suite is not None else []
+    if suite is not None:
+        problems += _prompt_problems(suite, meta)
+        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
+            problems += baseline.problems(suite)
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -103,6 +107,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
         if problems := _room_problems(recipe, planned):
             raise BadInput(problems)
+    suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -179,17 +184,24 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     longest = _longest(meta)
-    needed = {
-        task.name: max(len(item.prompt) for item in task.items) + task.max_new_tokens
-        for task in suite.tasks
-        if task.kind == "generate"
-    }
-    return [
-        f"task {name}: its longest prompt and max_new_tokens make {tokens} tokens, above the model's "
-        f"max_position_embeddings, {longest}"
-        for name, tokens in needed.items()
-        if longest is not None and tokens > longest
-    ]
+    problems = []
+    for task in suite.tasks:
+        if task.kind == "generate":
+            what, tokens = "prompt and max_new_tokens", max(len(item.prompt) for item in task.items)
+            tokens += task.max_new_tokens
+        elif task.kind == "multiple_choice":
+            what, tokens = (
+                "question with a choice",
+                max(len(a) + len(b) - 1 for item in task.items for a, b in item.pairs),
+            )
+        else:
+            continue  # texts are cut into windows, and lm-evaluation-harness cuts the beginning off
+        if longest is not None and tokens > longest:
+            problems.append(
+                f"task {task.name}: its longest {what} make {tokens} tokens, above the model's "
+                f"max_position_embeddings, {longest}"
+            )
+    return problems
 
 
 def _longest(meta: PreTrainedModel) -> int | None:

@@ -30,7 +30,7 @@ from fullft.data.batches import Batch, Batches
 from fullft.errors import BadInput, Preempted
 from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.recipe import Recipe
-from fullft.retention.suite import batched
+from fullft.retention.run import batched
 from fullft.weights import NewFile, Part, create, new_file, stored_tensors, write_parts
 
 FILE = "predictions.safetensors"
