@@ -41,8 +41,8 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 
 def kl_divergence(
-    logits: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor
+) -> torch.Tensor:
     """KL(p || q) at each position, nats: of p are known the k likeliest tokens, all others are taken as one.
 
     A lower bound of the whole divergence, by the log-sum inequality, and never below 0. It misses how p and q differ
@@ -50,17 +50,17 @@ def kl_divergence(
 
     Args:
         logits: of q, [positions, vocabulary].
-        tokens, logprobs: the likeliest tokens of p and their ln p, [positions, k].
+        tokens, logprobs: the likeliest tokens of p and their ln p, which may have been rounded, [positions, k].
+        rest: the mass of p outside of these tokens, [positions].
 
     Returns:
-        the divergence and the mass of p outside of the k tokens, [positions] fp32 each.
+        [positions] fp32.
     """
     log_q = logits.gather(-1, tokens).float() - logits.float().logsumexp(-1, keepdim=True)
-    mass = logprobs.exp().sum(-1)
-    logprobs = logprobs - mass.clamp(min=1).log()[:, None]  # rounding may have made it more than 1
-    p, least = logprobs.exp(), 1e-8
-    rest_p, rest_q = ((1 - one.sum(-1)).clamp(min=least) for one in (p, log_q.exp()))
-    return (p * (logprobs - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log()), rest_p
+    # What rounding adds to the sum of p would pass for mass elsewhere, where a sure model has next to none.
+    log_p = logprobs + ((1 - rest) / logprobs.exp().sum(-1)).log()[:, None]
+    rest_p, rest_q = (one.clamp(min=1e-8) for one in (rest, 1 - log_q.exp().sum(-1)))
+    return (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
+from fullft.retention.divergence import Divergence
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -44,6 +45,7 @@ class Inputs:
     plan: dict[str, Any]
     warnings: list[str]
     meta: PreTrainedModel  # without storage; the export is laid out from it
+    divergence: Divergence
 
 
 def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
@@ -103,7 +105,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
     if recipe.train.kl_weight:
-        planned["base_predictions_bytes"] = 6 * recipe.retention.kl_top_k * batches.replay_labels(total)
+        planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
         if problems := _room_problems(recipe, planned):
             raise BadInput(problems)
@@ -114,7 +116,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     warnings = told + unlikely(recipe, total, batches)
-    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
+    divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
+    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -23,6 +23,7 @@ from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entro
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
+from fullft.retention import divergence
 from fullft.retention.base import ReplayDivergence, replay_divergence
 from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import model_card, score, summary_lines, write_report
@@ -45,7 +46,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             leave_for_requeue(recipe, cluster, tracker, step)
         tracker.log(step, unevaluated | evaluation, "before training" if step == 0 else "evaluated")
 
-    divergence = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
+    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
 
     signals.enter("training")
     while step < inputs.total_steps:
@@ -67,7 +68,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
             # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
             nats = token_cross_entropy(logits, labels)
-            kl = divergence(logits, labels, batch) if divergence else torch.zeros_like(nats)
+            kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
             loss = weights.loss(nats, kl, batch.replay)
             sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
@@ -97,7 +98,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | losses_by_kind(sums_of_step, task_labels, replay_labels, divergence is not None)  # fmt: skip
+        } | losses_by_kind(sums_of_step, task_labels, replay_labels, kl_of_replay is not None)  # fmt: skip
         row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
@@ -217,11 +218,11 @@ def know_base(
 ) -> ReplayDivergence:
     """What the divergence from the base model on replay rows is taken from."""
     try:
-        divergence, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
+        kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
     except Preempted:
         leave_for_requeue(recipe, cluster, tracker, step)
     tracker.say(line)
-    return divergence
+    return kl_of_replay
 
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any] | None:
@@ -230,7 +231,8 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     watchdog.mark("evaluation", step)
     try:
         with averaged(engine) as weights:
-            report = inputs.suite.evaluate(engine, step, weights)
+            distance = inputs.divergence.measure(engine, step, tracker.say)
+            report = inputs.suite.evaluate(engine, step, weights, distance)
     except Preempted:
         tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
         return None
@@ -238,7 +240,7 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     for line in summary_lines(report):
         tracker.say(line)
     metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
-    return metrics | flat_metrics(report) | {"checkpoint/score": score(report)}
+    return metrics | flat_metrics(report) | divergence.metrics(distance) | {"checkpoint/score": score(report)}
 
 
 def memory_metrics() -> dict[str, float]:

@@ -2,10 +2,11 @@
 
 The model that is trained is the base model then, so no second one is needed, and a run that is resumed still has them:
 
-    base/<name>/predictions.safetensors   tokens [positions, k] int32, logprobs [positions, k] fp16 (ln p), offsets
+    base/<name>/predictions.safetensors   tokens [positions, k] int32, logprobs [positions, k] fp16 (ln p),
+                                          rest [positions] fp32 (the mass of all others), offsets [rows + 1]
     base/<name>/index.json                of which rows
 
-6·k bytes a position. Rows are computed in the same batches whatever the number of ranks, and written by all of them.
+6·k + 4 bytes a position. Rows are computed in the same batches for any number of ranks, and written by all of them.
 """
 
 from __future__ import annotations
@@ -57,14 +58,20 @@ class Predictions:
             return numpy.memmap(one.file, dtype, "r", one.offset, one.shape)
 
         self.tokens, self.logprobs = mapped("tokens", numpy.int32), mapped("logprobs", numpy.float16)
+        self.rest = mapped("rest", numpy.float32)
         self.offsets: NDArray[numpy.int64] = numpy.array(mapped("offsets", numpy.int64))
         self.top_k = self.tokens.shape[1]
 
-    def of(self, row: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens [labels, k] int64, their ln p [labels, k] fp32) at the labels of a row."""
+    @property
+    def bytes(self) -> int:
+        return int(self.tokens.nbytes + self.logprobs.nbytes + self.rest.nbytes)
+
+    def of(self, row: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens [labels, k] int64, their ln p [labels, k] fp32, the rest [labels] fp32) at the labels of a row."""
         part = slice(self.offsets[row], self.offsets[row + 1])
-        tokens, logprobs = torch.from_numpy(self.tokens[part].copy()), torch.from_numpy(self.logprobs[part].copy())
-        return tokens.to(device, torch.int64), logprobs.to(device, torch.float32)
+        columns = (self.tokens, self.logprobs, self.rest)
+        tokens, logprobs, rest = (torch.from_numpy(numpy.array(one[part])).to(device) for one in columns)
+        return tokens.long(), logprobs.float(), rest
 
 
 class ReplayDivergence:
@@ -82,9 +89,8 @@ class ReplayDivergence:
         nats = []
         for row, sequence in enumerate(batch.sequences):
             if sequence in self._row_of:
-                tokens, logprobs = self._predictions.of(self._row_of[sequence], logits.device)
-                divergence, _ = kl_divergence(logits[row][labels[row] != IGNORE], tokens, logprobs)
-                nats.append(divergence.sum())
+                known = self._predictions.of(self._row_of[sequence], logits.device)
+                nats.append(kl_divergence(logits[row][labels[row] != IGNORE], *known).sum())
             else:
                 nats.append(logits.new_zeros((), dtype=torch.float32))
         return torch.stack(nats)
@@ -103,9 +109,8 @@ def replay_divergence(
     rows = _rows_of(batches, sequences)
     started, folder = time.perf_counter(), recipe.run_folder / "base" / "replay"
     predictions = predict(engine, rows, recipe.retention.kl_top_k, folder, recipe.train.micro_batch_size, step)
-    size = predictions.offsets[-1] * predictions.top_k * 6
-    line = f"the base model's predictions on {len(sequences):,} replay sequences: {size / 1e9:.2f} GB in {folder} "
-    line += f"({time.perf_counter() - started:.1f} s)"
+    line = f"the base model's predictions on {len(sequences):,} replay sequences: {predictions.bytes / 1e9:.3g} GB in "
+    line += f"{folder} ({time.perf_counter() - started:.1f} s)"
     return ReplayDivergence(predictions, {sequence: row for row, sequence in enumerate(sequences)}), line
 
 
@@ -133,15 +138,15 @@ def predict(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, 
         folder.parent.mkdir(parents=True, exist_ok=True)
     if not is_shared(folder.parent):
         raise BadInput(
-            f"run_dir: {folder} must be seen by all ranks, as each reads what the base model predicts on the replay "
-            "rows; put run_dir on a file system that all nodes share, or leave out train.kl_weight"
+            f"run_dir: {folder} is not the same for all ranks, and each reads there what the base model predicts; put "
+            "run_dir on a file system that all nodes share"
         )
     there = [dist.get_rank() == 0 and _index(folder) == index]
     dist.broadcast_object_list(there, src=0)
     if not there[0] and step > 0:
         raise BadInput(
-            f"run_dir: {folder}, what the base model predicts on the replay rows, is damaged or gone, and the model of "
-            "the checkpoint is no longer the base; use another run_dir"
+            f"run_dir: {folder}, what the base model predicts, is damaged or gone, and the model of the checkpoint is "
+            "no longer the base; use another run_dir"
         )
     if not there[0]:
         _compute(engine, rows, top_k, folder, batch_size, index)
@@ -165,20 +170,24 @@ def _compute(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int,
     file = new_file(
         partial / FILE,
         {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype in tensors.items()}
+        | {"rest": torch.empty(shape[:1], device="meta")}
         | {"offsets": torch.empty(len(offsets), dtype=torch.int64, device="meta")},
     )
+    failure = [""]
     if dist.get_rank() == 0:
         lease.check()
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(folder, ignore_errors=True)  # of other rows
-        partial.mkdir()
         try:
+            partial.mkdir()
             create(file)
+            write_parts([Part(file.stored["offsets"], 0, torch.from_numpy(offsets))])
+            (partial / "index.json").write_text(json.dumps(index))
         except OSError as error:
-            raise BadInput(f"run_dir: no room for what the base model predicts on the replay rows: {error}") from None
-        write_parts([Part(file.stored["offsets"], 0, torch.from_numpy(offsets))])
-        (partial / "index.json").write_text(json.dumps(index))
-    dist.barrier()
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise BadInput(f"run_dir: no room for what the base model predicts: {failure[0]}")
     engine.eval()
     write_parts(_parts(engine, rows, top_k, file, offsets, batch_size))
     engine.train()
@@ -207,6 +216,7 @@ def _parts(
             wanted = own_logits[own_labels != IGNORE].float()
             best = wanted.topk(top_k)
             logprobs = best.values - wanted.logsumexp(-1, keepdim=True)
-            start = int(offsets[row]) * top_k
-            yield Part(file.stored["tokens"], start, best.indices.int().flatten().cpu())
-            yield Part(file.stored["logprobs"], start, logprobs.half().flatten().cpu())
+            rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row])
+            yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
+            yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
+            yield Part(file.stored["rest"], start, rest.cpu())
