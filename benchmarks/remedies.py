@@ -129,6 +129,7 @@ def on_rank(folder: Path, rounds: int) -> None:
 def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: Path, me: Any) -> Any:
     """A function that makes the step of a number, as `trainer.train` does."""
     import torch
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from fullft import lease, model
     from fullft.engine import offloads_optimizer, start
@@ -143,6 +144,7 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     own = parse_recipe(recipe | {"run_dir": str(folder / name), "train": recipe["train"] | remedy})
     inputs = preflight(own, me.world_size)
     loaded = model.load(own, inputs.deepspeed_config, inputs.tokenizer)
+    unset_hf_deepspeed_config()  # else the next model on the meta device would be cut into shards
     optimizer = build_optimizer(loaded, own.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
     attach(engine, own.train)
