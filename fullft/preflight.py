@@ -116,6 +116,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     warnings = told + unlikely(recipe, total, batches)
+    if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
+        warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
 
@@ -164,6 +166,17 @@ def finished(recipe: Recipe) -> bool:
         return False
     state = recipe.run_folder / "state.json"
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
+
+
+def stopped_by_gate(recipe: Recipe) -> str:
+    """Why retention.gate has stopped this run, if it has and the gate is still the same; else empty."""
+    try:
+        check_run_folder(recipe)
+    except BadInput:
+        return ""
+    file = recipe.run_folder / "state.json"
+    state = json.loads(file.read_text()) if file.exists() else {}
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
 
 
 def _sources(recipe: Recipe) -> list[Source]:

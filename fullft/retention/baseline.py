@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fullft.errors import BadInput
+from fullft.loss import IGNORE
+from fullft.retention import stats
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
 
@@ -46,6 +48,25 @@ def _task(task: Prepared) -> dict[str, Any]:
         "kind": task.kind, "measures": task.measures, "metric": task.metric, "higher_is_better": task.higher_is_better,
         "n": len(task.items), "chance": task.chance, "items_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
     }  # fmt: skip
+
+
+def smallest_drops(suite: Suite) -> list[str]:
+    """One line a task: what it is able to show, before anything is measured."""
+    lines = []
+    for task in suite.tasks:
+        sizes: list[float] = [1] * len(task.items)
+        if task.kind == "text" and task.metric == "bits_per_byte":
+            sizes = [item.text_bytes or 1 for item in task.items]
+        elif task.kind == "text":
+            sizes = [sum(label != IGNORE for _, labels in item.windows for label in labels) for item in task.items]
+        clusters = len({item.number if item.cluster is None else item.cluster for item in task.items})
+        drop, assumed = stats.smallest_drop(task.metric, sizes, clusters, suite.settings.confidence)
+        together = f" in {clusters:,} clusters" if clusters < len(sizes) else ""
+        lines.append(
+            f"{task.measures} {task.name}: {len(sizes):,} items{together} show a drop of "
+            f"{stats.amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
+        )
+    return lines
 
 
 def problems(suite: Suite) -> list[str]:

@@ -55,6 +55,7 @@ def decide(
         decision = "stop"
         reasons.append(f"it has been rolled back {rollbacks} times, as often as retention.gate.max_rollbacks allows")
     said = {"action": gate.action, "decision": decision, "reasons": reasons, "breaches_in_row": in_row}
+    said |= {"settings": gate.model_dump()}
     return evaluation | {"look": look, "looks_planned": looks_planned, "tasks": judged, "gate": said}
 
 

@@ -72,7 +72,10 @@ class Suite:
         measured: dict[str, list[ItemRecord]] = {}
         with whole_weights(engine):
             for prepared in self.tasks:
-                measured[prepared.name] = _records(prepared, run_task(engine, self.tokenizer, prepared, self.batching))
+                items = _records(prepared, run_task(engine, self.tokenizer, prepared, self.batching))
+                measured[prepared.name] = items
+                if dist.get_rank() == 0:
+                    self._write_items(prepared, step, items)
         engine.train()
         report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started, divergence))
         return report
@@ -97,25 +100,23 @@ class Suite:
         before = [one for one in evaluations(self.folder.parent) if one["step"] < step]
         rollbacks = len(rollback.made(self.folder.parent))
         report = decide(report, before, gate, confidence, self.looks_planned, step == self.total_steps, rollbacks)
-        self._write(step, measured)
+        if step > 0:  # the disk was full then
+            self._unwritten = {file: text for file, text in self._unwritten.items() if not _write(file, text)}
         about, file = json.dumps(baseline.describe(self), indent=1), self.folder / "suite.json"
         if not file.exists() or file.read_text() != about:
             _write(file, about)
         _write(self.folder / f"{file_name(step)}.json", json.dumps(report, indent=1, allow_nan=False))
         return report
 
-    def _write(self, step: int, measured: dict[str, list[ItemRecord]]) -> None:
-        """The items of every task, and the first answers with their prompts."""
-        for prepared in self.tasks:
-            items = measured[prepared.name]
-            name = f"{file_name(step)}.{prepared.name}.jsonl"
-            text = "".join(json.dumps(item) + "\n" for item in items)
-            if not _write(self.folder / "items" / name, text) and step == 0:
-                self._unwritten[self.folder / "items" / name] = text
-            if "generation" in items[0]:
-                shown = [self._sample(prepared, item) for item in items[:_SAMPLES_KEPT]]
-                _write(self.samples / name, "".join(json.dumps(sample) + "\n" for sample in shown))
-        self._unwritten = {file: text for file, text in self._unwritten.items() if step == 0 or not _write(file, text)}
+    def _write_items(self, prepared: Prepared, step: int, items: list[ItemRecord]) -> None:
+        """The items of a task, and its first answers with their prompts."""
+        name = f"{file_name(step)}.{prepared.name}.jsonl"
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        if not _write(self.folder / "items" / name, text) and step == 0:
+            self._unwritten[self.folder / "items" / name] = text
+        if "generation" in items[0]:
+            shown = [self._sample(prepared, item) for item in items[:_SAMPLES_KEPT]]
+            _write(self.samples / name, "".join(json.dumps(sample) + "\n" for sample in shown))
 
     def _sample(self, prepared: Prepared, record: ItemRecord) -> dict[str, Any]:
         item = next(item for item in prepared.items if item.number == record["item"])
