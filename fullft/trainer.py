@@ -76,7 +76,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
         weights = LabelWeights.of_step(
-            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight
+            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight * gentler.pull
         )
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
@@ -283,7 +283,7 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measur
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
     for line in summary_lines(report):
         tracker.say(line)
-    metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
+    metrics: dict[str, Any] = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
     metrics |= flat_metrics(report) | divergence.metrics(distance) | {"checkpoint/score": score(report)}
     gate = report["gate"]
     for reason in gate["reasons"]:
