@@ -104,7 +104,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
-    if recipe.train.kl_weight:
+    if recipe.train.kl_weight and recipe.train.kl_reference == "cache":
         planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
         if problems := _room_problems(recipe, planned):

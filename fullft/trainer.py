@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
-from fullft.engine import offloads_optimizer, start
+from fullft.engine import offloads_optimizer, start, start_frozen
 from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
@@ -26,7 +26,7 @@ from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
 from fullft.retention import divergence, rollback
-from fullft.retention.base import ReplayDivergence, replay_divergence
+from fullft.retention.base import ReferenceDivergence, ReplayDivergence, replay_divergence
 from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import evaluations, model_card, score, summary_lines, write_report
 from fullft.retention.rollback import step_of
@@ -251,8 +251,12 @@ def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_
 
 def know_base(
     recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, step: int, tracker: Tracker
-) -> ReplayDivergence:
+) -> ReplayDivergence | ReferenceDivergence:
     """What the divergence from the base model on replay rows is taken from."""
+    watchdog.mark("base model")
+    if recipe.train.kl_reference == "model":
+        loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
+        return ReferenceDivergence(start_frozen(loaded, inputs.deepspeed_config))
     try:
         kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
     except Preempted:

@@ -26,6 +26,7 @@ from fullft.errors import BadInput
 from fullft.export import export_checkpoint
 from fullft.loss import IGNORE, LabelWeights, kl_divergence
 from fullft.optim import layer_depths, parameter_groups
+from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 
 STEPS = 6
@@ -85,7 +86,9 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
                 labels = torch.where(torch.from_numpy(trained), ids, IGNORE)[0, 1:]
                 logits = model(ids).logits[0, :-1][labels != IGNORE]
                 if of_set == 1:
-                    kl.append(top_k_divergence(base(ids).logits[0, :-1][labels != IGNORE].detach(), logits))
+                    of_base = base(ids).logits[0, :-1][labels != IGNORE].detach()
+                    exact = train.kl_reference == "model"
+                    kl.append(whole_divergence(of_base, logits) if exact else top_k_divergence(of_base, logits))
                 nats[of_set == 1].append(F.cross_entropy(logits, labels[labels != IGNORE], reduction="none"))
         task, replay = (torch.cat(nats[kind]) if nats[kind] else torch.zeros(0) for kind in (False, True))
         weight = order.replay_label_weight
@@ -109,6 +112,10 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         found["kl"].append(torch.cat(kl).mean().item())
         found["distance"].append(math.sqrt(moved / size))
     return found | {"weights": average}
+
+
+def whole_divergence(base: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
 def top_k_divergence(base: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -231,6 +238,33 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
         assert losses(part) == pytest.approx(expected["loss"], abs=1e-5)
         for name in tuned:
             torch.testing.assert_close(resumed[name], tuned[name], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.ranks
+def test_reference_model_gives_the_whole_divergence(remedied: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+    remedied["train"] |= {"kl_reference": "model", "micro_batch_size": 2}
+    del remedied["retention"]["tasks"]
+    launch(remedied)
+    expected = reference_run(remedied, tmp_path / "cache")
+    for key, name in (("loss", "loss"), ("kl", "loss_kl")):
+        assert [row[f"train/{name}"] for row in trained(remedied)] == pytest.approx(expected[key], abs=1e-5), name
+    assert not (Path(remedied["run_dir"]) / "base").exists()
+
+
+def test_what_the_remedies_need(remedied: dict[str, Any]) -> None:
+    planned = preflight(parse_recipe(copy.deepcopy(remedied)), 2).plan
+    assert planned["checkpoint_bytes"] == 16 * planned["parameters"]  # with the average
+    assert planned["base_predictions_bytes"] % (6 * TOP_K + 4) == 0
+    without = copy.deepcopy(remedied)
+    del without["data"]["replay"], without["data"]["replay_weight"]
+    with pytest.raises(BadInput, match="kl_weight: the divergence is taken on replay rows"):
+        preflight(parse_recipe(without), 2)
+    without["data"]["replay_weight"] = 0.1
+    with pytest.raises(BadInput, match="replay_weight: there is no replay"):
+        parse_recipe(without)
+    remedied["train"]["l2_pull"] = 2000.0
+    with pytest.raises(BadInput, match="l2_pull is 2"):
+        parse_recipe(remedied)
 
 
 def cut_at_middle(whole: Path, folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -31,13 +31,14 @@ class Batch:
     tokens: int  # without padding
     replay: torch.Tensor  # [micro_batch] bool: the row is of a replay set (a row is of one set)
     sequences: tuple[tuple[int, int], ...]  # (set, sequence of it) of each row
+    replay_on_a_rank: bool  # some rank has a replay row in this micro-step; the same on all
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
             tensor.to(device, non_blocking=True)
             for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
         )
-        return Batch(ids, positions, labels, self.tokens, replay, self.sequences)
+        return replace(self, input_ids=ids, position_ids=positions, labels=labels, replay=replay)
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class Batches:
         size = self.geometry.micro_batch_size
         sequences = self.sequences_of_step(step)
         for micro_step in range(self.geometry.accumulation):
-            first = (micro_step * self.geometry.world_size + rank) * size
-            yield self.collate(sequences[first : first + size])
+            of_ranks = sequences[micro_step * self.geometry.world_size * size :][: self.geometry.world_size * size]
+            replays = any(of_set >= self.first_replay for of_set, _ in of_ranks)
+            yield replace(self.collate(of_ranks[rank * size :][:size]), replay_on_a_rank=replays)
 
     def sequences_of_step(self, step: int) -> list[tuple[int, int]]:
         """(set, sequence of it) of the global batch of a step, from endless streams of shuffled epochs."""
@@ -187,7 +189,7 @@ class Batches:
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
         replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
-        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen))
+        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen), bool(replay.any()))
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:

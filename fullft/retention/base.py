@@ -74,6 +74,26 @@ class Predictions:
         return tokens.long(), logprobs.float(), rest
 
 
+class ReferenceDivergence:
+    """KL(base || model) on the rows of the replay sets, from the base model run beside, in shards of its own."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """As of `ReplayDivergence`. All ranks together; the base is run where a rank has replay rows."""
+        if not batch.replay_on_a_rank:
+            return logits.new_zeros(len(logits), dtype=torch.float32)
+        with torch.no_grad():
+            of_base, _ = labelled_logits(self._engine, batch.input_ids, batch.position_ids, batch.labels)
+        nats = [logits.new_zeros((), dtype=torch.float32)] * len(logits)
+        for row in batch.replay.nonzero()[:, 0].tolist():
+            wanted = labels[row] != IGNORE
+            log_p, log_q = (one[row][wanted].float().log_softmax(-1) for one in (of_base, logits))
+            nats[row] = (log_p.exp() * (log_p - log_q)).sum()
+        return torch.stack(nats)
+
+
 class ReplayDivergence:
     """KL(base || model) on the rows of the replay sets, from the base model's stored predictions."""
 
