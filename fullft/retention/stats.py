@@ -207,11 +207,11 @@ def benjamini_hochberg(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def chance(kind: str, metric: str, items: Sequence[ItemRecord], declared: float | None) -> float | None:
-    """The score of a model that knows nothing: what the task declares; 1 / choices; 8 bits a byte; no exact match."""
-    if declared is not None:
-        return declared
+    """The score of a model that knows nothing: 1 / choices of these items; what the task declares; 8 bits a byte."""
     if kind == "multiple_choice":
         return sum(1 / len(item["choice_logprobs"]) for item in items) / len(items)
+    if declared is not None:
+        return declared
     return {"bits_per_byte": 8.0, "exact_match": 0.0}.get(metric)
 
 
