@@ -7,13 +7,14 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, Launch, losses, metrics, write_jsonl
+from conftest import TEXTS, Launch, losses, metrics, torchrun, write_jsonl, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,6 +250,16 @@ def test_reference_model_gives_the_whole_divergence(remedied: dict[str, Any], la
     for key, name in (("loss", "loss"), ("kl", "loss_kl")):
         assert [row[f"train/{name}"] for row in trained(remedied)] == pytest.approx(expected[key], abs=1e-5), name
     assert not (Path(remedied["run_dir"]) / "base").exists()
+
+
+@pytest.mark.ranks
+def test_the_average_is_put_in_and_out_again_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """With parameters that ZeRO keeps whole, as it does small ones; also when a signal ends the evaluation."""
+    recipe["train"]["ema_decay"] = 0.5
+    config = str(write_recipe(recipe, tmp_path / "recipe.yaml"))
+    command = [*torchrun(2), str(Path(__file__).parent / "averaged_weights.py"), config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    assert done.stdout.count("bit for bit") == 2, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def test_what_the_remedies_need(remedied: dict[str, Any]) -> None:
