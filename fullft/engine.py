@@ -117,6 +117,18 @@ def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str,
     return engine
 
 
+def start_frozen(model: Any, config: dict[str, Any]) -> Any:
+    """An engine around a model that is only run, sharded over the ranks as `config` shards the one that is trained."""
+    import deepspeed
+
+    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+    model.requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, config=kept | {"zero_optimization": zero})
+    engine.eval()
+    return engine
+
+
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     section = config["zero_optimization"].get("offload_optimizer") or {}
     return str(section.get("device", "none")) != "none"

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from fullft.errors import BadInput
 from fullft.recipe import Model, Recipe
@@ -151,6 +152,7 @@ def load(
         BadInput: the weights do not fit the config.
     """
     started, dtype = time.perf_counter(), precision(recipe)
+    unset_hf_deepspeed_config()  # of a model that was loaded before: this one would be built whole, then cut
     folder = files(recipe.model, weights=True)
     with _parameters_on_meta():
         model = _from_config(recipe.model, tokenizer, recipe.model.attention, dtype)

@@ -16,8 +16,8 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
 
     bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
     18 with gradient accumulation, which is done in fp32. fp32: 4 + 4 + 4 (DeepSpeed keeps a second copy) + 8 = 20.
-    The base weights of train.l2_pull are 2 (4) more, the average of train.ema_decay is 4. Activations and buffers come
-    on top.
+    The base weights of train.l2_pull are 2 (4) more, the average of train.ema_decay is 4, a reference
+    model of train.kl_weight 2 (4). Activations and buffers come on top.
     """
     shard = math.ceil(facts.parameters / world_size)
     low = 2 if bf16 else 4
@@ -28,6 +28,8 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
         state["base_weights"] = low  # those of a base in fp32 may be exact in 2
     if train.ema_decay:
         state["averaged_weights"] = 4
+    if train.kl_weight and train.kl_reference == "model":
+        state["reference_model"] = low
     state = {name: size * shard for name, size in state.items()}
     on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
     on_host += ("base_weights",) if offload or train.l2_pull_offload else ()

@@ -25,6 +25,7 @@ from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
 from fullft.retention.budget import too_long
+from fullft.retention.divergence import Divergence
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ class Inputs:
     plan: dict[str, Any]
     warnings: list[str]
     meta: PreTrainedModel  # without storage; the export is laid out from it
+    divergence: Divergence
 
 
 def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
@@ -103,6 +105,11 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
+    if recipe.train.kl_weight and recipe.train.kl_reference == "cache":
+        planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
+        planned["run_folder_bytes"] += planned["base_predictions_bytes"]
+        if problems := _room_problems(recipe, planned):
+            raise BadInput(problems)
     suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
@@ -118,7 +125,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     warnings = told + unlikely(recipe, total, batches) + slow
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
-    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
+    divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
+    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
 
 
 def check_run_folder(recipe: Recipe) -> None:

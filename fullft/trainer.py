@@ -19,14 +19,15 @@ import torch.distributed as dist
 from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
-from fullft.engine import offloads_optimizer, start
+from fullft.engine import offloads_optimizer, start, start_frozen
 from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
-from fullft.retention import rollback
+from fullft.retention import divergence, rollback
+from fullft.retention.base import ReferenceDivergence, ReplayDivergence, replay_divergence
 from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.rollback import step_of
@@ -61,6 +62,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     elif decided := on_all(lambda: stop_decided(recipe, step)):  # and the run was killed before it had stopped
         stop_at_gate(recipe, cluster, tracker, saver, step, decided)
 
+    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
+
     signals.enter("training")
     if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
         start_optimizer(engine)
@@ -74,17 +77,20 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, 0.0)
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats of task rows, of replay rows
+        weights = LabelWeights.of_step(
+            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight * gentler.pull
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            # 2. Token cross-entropy, summed over each row
+            # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
             nats = token_cross_entropy(logits, labels)
-            loss = weights.loss(nats, torch.zeros_like(nats), batch.replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum()]).detach()
+            kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
+            loss = weights.loss(nats, kl, batch.replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
@@ -112,7 +118,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | losses_by_kind(sums_of_step, task_labels, replay_labels)  # fmt: skip
+        } | losses_by_kind(sums_of_step, task_labels, replay_labels, kl_of_replay is not None)  # fmt: skip
         row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
@@ -238,12 +244,29 @@ def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
     return int(task_labels), int(replay_labels), int(all_tokens)
 
 
-def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int) -> dict[str, float]:
+def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_kl: bool) -> dict[str, float]:
     """Means over their own tokens, nats, of the kinds of rows that the step has; none if it has no replay rows."""
     if not replay_labels:
         return {}
     found = {"train/loss_replay": sums[1] / replay_labels}
+    found |= {"train/loss_kl": sums[2] / replay_labels} if has_kl else {}
     return found | ({"train/loss_task": sums[0] / task_labels} if task_labels else {})
+
+
+def know_base(
+    recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, step: int, tracker: Tracker
+) -> ReplayDivergence | ReferenceDivergence:
+    """What the divergence from the base model on replay rows is taken from."""
+    watchdog.mark("base model")
+    if recipe.train.kl_reference == "model":
+        loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
+        return ReferenceDivergence(start_frozen(loaded, inputs.deepspeed_config))
+    try:
+        kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
+    except Preempted:
+        leave_for_requeue(recipe, cluster, tracker, step)
+    tracker.say(line)
+    return kl_of_replay
 
 
 @dataclass(frozen=True)
@@ -260,14 +283,16 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measur
     watchdog.mark("evaluation", step)
     try:
         with averaged(engine) as weights:
-            report = inputs.suite.evaluate(engine, step, weights)
+            distance = inputs.divergence.measure(engine, step, tracker.say)
+            report = inputs.suite.evaluate(engine, step, weights, distance)
     except Preempted:
         tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
         return None
     tracker.say(f"evaluation at step {step} ({time.perf_counter() - started:.1f} s)")
     for line in summary_lines(report):
         tracker.say(line)
-    metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
+    metrics: dict[str, Any] = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
+    metrics |= flat_metrics(report) | divergence.metrics(distance) | {"checkpoint/score": score(report)}
     gate = report["gate"]
     for reason in gate["reasons"]:
         tracker.say(f"RETENTION {gate['decision'].upper()} at step {step}: {reason}")
@@ -275,7 +300,7 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measur
         for task, times in gate["breaches_in_row"].items():
             if times:  # the title is always the same, so that W&B can limit how often it tells
                 tracker.alert(f"retention of {task}", f"step {step}, {gate['decision']}: {'; '.join(gate['reasons'])}")
-    return Measured(metrics | flat_metrics(report) | {"checkpoint/score": score(report)}, gate)
+    return Measured(metrics, gate)
 
 
 def know_rollbacks(recipe: Recipe, pull: Pull | None) -> rollback.Gentler:

@@ -42,7 +42,7 @@ class Pull:
 
     def apply(self, flat: torch.Tensor, rate: float) -> None:
         for weights, base in self._blocks(flat):
-            weights.lerp_(base, rate * self.strength)
+            weights.lerp_(base, min(1.0, rate * self.strength))
 
     @torch.no_grad()
     def distance(self) -> float:

@@ -114,7 +114,7 @@ def share(count: int, run: Callable[[int], Any], device: str, title: str = "eval
     return [merged[batch] for batch in range(count)]
 
 
-def _batched(lengths: Sequence[int], size: int) -> list[list[int]]:
+def batched(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices by falling length in batches of `size`: little padding, and the largest batch comes first."""
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -141,7 +141,7 @@ def _padded(rows: Sequence[Sequence[int]], filler: int, device: Any) -> torch.Te
 
 def text_sums(engine: Any, windows: Sequence[Window], size: int, title: str) -> list[tuple[float, int, int]]:
     """Of each window: sum of ln p of its labels (nats), number of labels, how many were the likeliest token."""
-    batches = _batched([len(ids) for ids, _ in windows], size)
+    batches = batched([len(ids) for ids, _ in windows], size)
 
     @torch.no_grad()
     def run(batch: int) -> list[tuple[float, int, int]]:
@@ -258,7 +258,7 @@ def generations(
     batches = []
     for alike in _alike(prompts):
         lengths = [len(prompts[number].ids) for number in alike]
-        batches += [[alike[index] for index in batch] for batch in _batched(lengths, size)]
+        batches += [[alike[index] for index in batch] for batch in batched(lengths, size)]
 
     @torch.no_grad()
     def run(batch: int) -> list[tuple[int, str]]:

@@ -57,11 +57,13 @@ class Suite:
         every = self.budget.every_steps
         return 1 if every is None else math.ceil(self.total_steps / every)
 
-    def evaluate(self, engine: Any, step: int, weights: str = "live") -> Evaluation:
+    def evaluate(
+        self, engine: Any, step: int, weights: str = "live", divergence: dict[str, Any] | None = None
+    ) -> Evaluation:
         """Run every task, write retention/step-….json, its items and samples/, and return the content of the former,
         which is the same on all ranks.
 
-        `weights`: what the engine has meanwhile, "live" or "ema".
+        `weights`: what the engine has meanwhile, "live" or "ema". `divergence`: what was measured of it.
 
         Raises:
             Preempted: a signal came to a rank; on all ranks after the same batch.
@@ -79,10 +81,17 @@ class Suite:
                     self._write_items(prepared, step, items)
         engine.train()
         self.budget.took(step, time.perf_counter() - started)
-        report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started))
+        report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started, divergence))
         return report
 
-    def _report(self, step: int, measured: dict[str, list[ItemRecord]], weights: str, started: float) -> Evaluation:
+    def _report(
+        self,
+        step: int,
+        measured: dict[str, list[ItemRecord]],
+        weights: str,
+        started: float,
+        divergence: dict[str, Any] | None,
+    ) -> Evaluation:
         """Assemble and write an evaluation; rank 0 alone."""
         if step == 0:
             self.base = measured
@@ -92,6 +101,7 @@ class Suite:
         report = assemble(self.tasks, measured, self.base, step, confidence, gate.max_drop)
         report |= {"weights": weights, "seconds": time.perf_counter() - started}
         report["share_of_training"] = self.budget.share_of_training
+        report |= {} if divergence is None else {"divergence": divergence}
         before = [one for one in evaluations(self.folder.parent) if one["step"] < step]
         rollbacks = len(rollback.made(self.folder.parent))
         report = decide(report, before, gate, confidence, self.looks_planned, step == self.total_steps, rollbacks)
