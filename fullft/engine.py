@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +105,24 @@ def start(model: Any, optimizer: torch.optim.Optimizer, config: dict[str, Any]) 
     """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks."""
     import deepspeed
 
+    _import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
+
+
+def _import_muon() -> None:
+    """DeepSpeed's engine imports its optimizer Muon, which nobody can ask for here, and that asks torch for a compiler
+    when imported: 600 modules, 2 s of each rank's start. Without one it is imported at once."""
+    asked = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with contextlib.suppress(ImportError):  # it has moved
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        if asked is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = asked
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
