@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -141,7 +140,7 @@ def test_a_signal_while_exporting_changes_nothing(measured: dict[str, Any], pree
 
 
 def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: dict[str, Any]) -> None:
-    with Ranks(preempted) as ranks:  # before the process group; the folder does not exist yet
+    with Ranks(preempted, forked=False) as ranks:  # before the process group; the folder does not exist yet
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGUSR1)
         assert ranks.codes(20) == [REQUEUE, REQUEUE], ranks.output
@@ -159,11 +158,15 @@ def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: 
 @pytest.mark.parametrize("seed", range(3))
 def test_signals_at_random_moments(measured: dict[str, Any], preempted: dict[str, Any], seed: int) -> None:
     chance = random.Random(seed)
+    whole = Path(measured["run_dir"])
+    seconds = (whole / "state.json").stat().st_mtime - whole.with_suffix(".yaml").stat().st_mtime
     for _ in range(5):
+        if (Path(preempted["run_dir"]) / "state.json").exists() and read(preempted, "state.json")["status"] == "done":
+            break
         with Ranks(preempted) as ranks:
             ranks.wait_until_they_listen()
             signum, to = chance.choice([(signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGUSR1, (0, 1))])
-            moment = chance.uniform(4, 16)
+            moment = chance.uniform(0, seconds)
             print(f"{signal.Signals(signum).name} to {to} after {moment:.1f} s")
             with contextlib.suppress(AssertionError):
                 ranks.codes(moment)
@@ -225,33 +228,34 @@ import os, signal, time
 def handle(*_):
     while os.environ["RANK"] == "0":
         time.sleep(0.1)
-    open(os.environ["FAILING"], "w").close()
+    open(FAILING, "w").close()
     time.sleep(3)
     raise MemoryError("CUDA out of memory")
 
-if "RANK" in os.environ:
-    signal.signal(signal.SIGUSR2, handle)
+signal.signal(signal.SIGUSR2, handle)
 """
 
 
 @pytest.fixture
-def hanging(preempted: dict[str, Any], tmp_path: Path) -> dict[str, str]:
-    """The environment of ranks that hang or fail by SIGUSR2."""
+def hanging(preempted: dict[str, Any]) -> str:
+    """The program of ranks that hang or fail by SIGUSR2."""
     preempted["checkpoint"] = preempted["checkpoint"] | {"grace_seconds": 5}
     preempted["train"] = preempted["train"] | {"steps": 1000}
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(HANG_OR_FAIL)
-    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {"PYTHONPATH": path, "FAILING": str(tmp_path / "failing")}
+    return HANG_OR_FAIL.replace("FAILING", repr(str(failing(preempted))))
 
 
-def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: dict[str, str]) -> None:
+def failing(recipe: dict[str, Any]) -> Path:
+    """The file that a rank writes before it fails."""
+    return Path(recipe["run_dir"]).with_suffix(".failing")
+
+
+def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: str) -> None:
     """Though the launcher's SIGTERM to the others looks like a preemption, and there is a checkpoint."""
     saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
-    with Ranks(preempted, 2, **hanging) as ranks:
+    with Ranks(preempted, 2, hanging) as ranks:
         ranks.wait_until(saved.exists, "a checkpoint")
         ranks.send(signal.SIGUSR2, 1)
-        ranks.wait_until(Path(hanging["FAILING"]).exists, "rank 1 about to fail")  # not in a collective, where none can
+        ranks.wait_until(failing(preempted).exists, "rank 1 about to fail")  # not in a collective, where none can
         ranks.send(signal.SIGUSR2, 0)
         assert ranks.processes[1].wait(60) == FAILED, ranks.output
         ranks.send(signal.SIGTERM, 0)
@@ -263,14 +267,12 @@ def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hang
     assert "MemoryError: CUDA out of memory" in state["reason"]
 
 
-def test_a_rank_that_is_killed_again_and_again_is_started_again_once(
-    preempted: dict[str, Any], hanging: dict[str, str]
-) -> None:
+def test_a_rank_that_is_killed_again_and_again_is_started_again_once(preempted: dict[str, Any], hanging: str) -> None:
     """It could say nothing, so the first time it may have been a preemption."""
     folder = Path(preempted["run_dir"])
     for code in (REQUEUE, FAILED):
         (folder / "env.json").unlink(missing_ok=True)
-        with Ranks(preempted, 2, **hanging) as ranks:
+        with Ranks(preempted, 2, hanging) as ranks:
             ranks.wait_until((folder / "env.json").exists, "loading")
             ranks.send(signal.SIGUSR2, 0)
             ranks.send(signal.SIGKILL, 1)
@@ -289,7 +291,7 @@ def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be
     owner = Job(folder, 600)
     try:
         assert owner.line() == "taken"
-        with Ranks(preempted) as ranks:
+        with Ranks(preempted, forked=False) as ranks:
             ranks.wait_until_they_listen()
             ranks.send(signal.SIGTERM)
             assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
@@ -298,14 +300,14 @@ def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be
         owner.process.kill()
         owner.process.wait()
     (folder / "REQUEUE").mkdir()  # so that writing it fails
-    with Ranks(preempted) as ranks:
+    with Ranks(preempted, forked=False) as ranks:
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGTERM)
         assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
     (folder / "REQUEUE").rmdir()
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000007" / "MANIFEST.json").write_text("{}")
-    with Ranks(preempted) as ranks:
+    with Ranks(preempted, forked=False) as ranks:
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGTERM)
         assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
