@@ -83,6 +83,7 @@ def write_recipe(recipe: dict[str, Any], path: Path) -> Path:
 
 
 TRAIN = REPOSITORY / "launch" / "train.py"
+FULLFT = REPOSITORY / "tests" / "fullft_command.py"
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -142,7 +143,9 @@ def start_ranks(script: Path, *arguments: str, ranks: int, **options: Any) -> li
 
 
 def places(ranks: int) -> list[dict[str, str]]:
-    """What a launcher tells each rank by its environment."""
+    """What a launcher tells each rank by its environment. One rank needs no launcher."""
+    if ranks == 1:
+        return [{}]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}

@@ -74,8 +74,8 @@ def failure(recipe: dict[str, Any]) -> str:
 @pytest.mark.ranks
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_rank_is_named_and_the_launcher_ends_it(long_recipe: dict[str, Any], run: Run, frozen: int) -> None:
-    """The other one hangs in a collective; torchrun kills after 30 s what does not end by SIGTERM."""
-    run.start(*torchrun(ranks=2), *arguments(long_recipe))
+    """The other one hangs in a collective; torchrun kills what does not end by SIGTERM."""
+    run.start(*torchrun(ranks=2), "--shutdown-timeout", "5", *arguments(long_recipe))
     wait_for(lambda: has_steps(long_recipe), "steps")
     run.rank(frozen).suspend()
     assert run.wait(200) != 0
