@@ -78,7 +78,7 @@ class Fullft:
             pytest.skip("mpirun is not installed")
         mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes)]
         command = [*mpirun, sys.executable, str(self.program), "0", "-1", "prepare", str(self.config)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout, done.stderr
 

@@ -18,15 +18,15 @@ from test_lease import Job
 pytestmark = pytest.mark.ranks
 
 FAILED, REQUEUE = 1, 85
-STEPS, EVALUATED, SAVED = 12, [0, 4, 8, 12], 5
+STEPS, EVALUATED, SAVED = 12, [0, 6, 12], 5
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe of a run whose time goes mostly into evaluations, of three tasks each; run_dir is not interrupted."""
     folder = tmp_path_factory.mktemp("measured")
-    prompts = write_jsonl(folder / "prompts.jsonl", chats(12))
-    task = {"kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 12}
+    prompts = write_jsonl(folder / "prompts.jsonl", chats(8))
+    task = {"kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 8}
     recipe = {
         "run_dir": str(folder / "whole"),
         "model": {"path": str(tiny_model)},
@@ -37,7 +37,7 @@ def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         },
         "train": {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0},
         "retention": {
-            "every_steps": 4, "generation_batch_size": 1,
+            "every_steps": 6, "generation_batch_size": 1,
             "tasks": [task | {"name": "one"}, task | {"name": "two"}],
         },
         "checkpoint": {"every_steps": SAVED, "keep": 3},
@@ -96,7 +96,7 @@ def test_a_signal_in_training(
     assert_ends_as(preempted, measured)
 
 
-@pytest.mark.parametrize("step", [0, 4, 12])
+@pytest.mark.parametrize("step", EVALUATED)
 def test_an_evaluation_is_abandoned_and_done_after_the_resume(
     measured: dict[str, Any], preempted: dict[str, Any], step: int
 ) -> None:
@@ -107,7 +107,7 @@ def test_an_evaluation_is_abandoned_and_done_after_the_resume(
         ranks.send(signal.SIGTERM, 1)
         assert_left_for_requeue(ranks, step)
     assert not (folder / f"step-{step:08d}.json").exists()  # it was abandoned, not finished
-    if step == 4:  # and abandoned once more, by a signal while it is done again
+    if step == 6:  # and abandoned once more, by a signal while it is done again
         (folder / f"items/step-{step:08d}.validation.jsonl").unlink()
         with Ranks(preempted) as ranks:
             ranks.wait_until((folder / f"items/step-{step:08d}.validation.jsonl").exists, "first task again")
