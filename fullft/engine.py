@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -109,24 +111,28 @@ def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:
 def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
     """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks.
 
-    Without an optimizer it is for evaluation: it holds the parameters alone.
+    Without an optimizer it is for evaluation (`for_evaluation`): it holds the parameters alone.
     """
     import deepspeed
 
+    _import_muon()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
-def start_frozen(model: Any, config: dict[str, Any]) -> Any:
-    """An engine around a model that is only run, sharded over the ranks as `config` shards the one that is trained."""
-    import deepspeed
-
-    zero = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
-    kept = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
-    model.requires_grad_(False)
-    engine, *_ = deepspeed.initialize(model=model, config=kept | {"zero_optimization": zero})
-    engine.eval()
-    return engine
+def _import_muon() -> None:
+    """DeepSpeed's engine imports its optimizer Muon, which nobody can ask for here, and that asks torch for a compiler
+    when imported: 600 modules, 2 s of each rank's start. Without one it is imported at once."""
+    asked = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        with contextlib.suppress(ImportError):  # it has moved
+            import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        if asked is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = asked
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
-from fullft.engine import offloads_optimizer, start, start_frozen
+from fullft.engine import for_evaluation, offloads_optimizer, start
 from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
@@ -259,8 +259,9 @@ def know_base(
     """What the divergence from the base model on replay rows is taken from."""
     watchdog.mark("base model")
     if recipe.train.kl_reference == "model":
-        loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
-        return ReferenceDivergence(start_frozen(loaded, inputs.deepspeed_config))
+        config = for_evaluation(inputs.deepspeed_config)
+        loaded = model.load(recipe, config, inputs.tokenizer).requires_grad_(False)
+        return ReferenceDivergence(start(loaded, None, config).eval())
     try:
         kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
     except Preempted:

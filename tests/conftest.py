@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -21,6 +24,8 @@ CPU_RANKS = {
     "CUDA_VISIBLE_DEVICES": "",
 }  # fmt: skip
 os.environ |= CPU_RANKS
+
+import warm  # noqa: E402
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
@@ -77,25 +82,86 @@ def write_recipe(recipe: dict[str, Any], path: Path) -> Path:
     return path
 
 
+TRAIN = REPOSITORY / "launch" / "train.py"
+FULLFT = REPOSITORY / "tests" / "fullft_command.py"
 Launch = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Launch:
-    """launch(recipe, *overrides, ranks=2, code=0): train with torchrun, expect the exit code, return the process."""
+    """launch(recipe, *overrides, ranks=2, code=0): train, expect the exit code, return what the ranks have said."""
 
     def run(
         recipe: dict[str, Any], *overrides: str, ranks: int = 2, code: int = 0, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         config = write_recipe(recipe, tmp_path / "recipe.yaml")
-        command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(config), *overrides]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, check=False)
-        # torchrun reports every failure of a rank as 1.
-        expected = 0 if code == 0 else 1
-        assert done.returncode == expected, done.stdout[-3000:] + done.stderr[-6000:]
+        done = run_ranks(TRAIN, "--config", str(config), *overrides, ranks=ranks, cwd=tmp_path, timeout=timeout)
+        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-6000:]
         return done
 
     return run
+
+
+def run_ranks(
+    script: Path, *arguments: str, ranks: int, cwd: Path, timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run a script on some ranks to its end."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        processes = start_ranks(script, *arguments, ranks=ranks, stdout=out, stderr=error, cwd=cwd)
+        try:
+            code = wait_for_ranks(processes, timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"runs after {timeout} s:\n{read(out)[-3000:]}{read(error)[-6000:]}") from None
+        return subprocess.CompletedProcess([script, *arguments], code, read(out), read(error))
+
+
+def wait_for_ranks(processes: list[Any], timeout: float) -> int:
+    """Wait as a launcher does: the others get SIGTERM when one has failed, whose exit code counts. None is left."""
+    deadline, code = time.monotonic() + timeout, 0
+    try:
+        while None in (codes := [process.poll() for process in processes]):
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("ranks", timeout)
+            if not code and (code := next(filter(None, codes), 0)):
+                for process in processes:
+                    process.terminate()
+            time.sleep(0.01)
+    finally:
+        kill(processes)
+    return code or next(filter(None, codes), 0)
+
+
+def kill(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+
+def start_ranks(script: Path, *arguments: str, ranks: int, **options: Any) -> list[Any]:
+    return [warm.start(script, *arguments, **options, **place) for place in places(ranks)]
+
+
+def places(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each rank by its environment. One rank needs no launcher."""
+    if ranks == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def before_training(program: str, script: Path) -> Path:
+    """A script that runs a program and then trains, in the same process."""
+    train = f"import runpy, sys\nsys.argv[0] = {str(TRAIN)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    script.write_text(program + "\n" + train)
+    return script
+
+
+def read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 def torchrun(ranks: int) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from conftest import REPOSITORY, write_recipe
+import warm
+from conftest import TRAIN, before_training, places, write_recipe
 
 SECONDS = 240  # start to end takes 10 where nothing else runs
 
@@ -27,24 +26,21 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 class Ranks:
     """`with Ranks(recipe, 2) as ranks:` processes of one run, of which none outlives the block."""
 
-    def __init__(self, recipe: dict[str, Any], count: int = 2, **env: str) -> None:
+    def __init__(self, recipe: dict[str, Any], count: int = 2, program: str = "", forked: bool = True) -> None:
+        """program: Python that each runs before training. forked: see warm.py; else they import all, as users' do."""
         self.folder = Path(recipe["run_dir"])
         config = write_recipe(recipe, self.folder.with_suffix(".yaml"))
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.logs = [self.folder.parent / f"{self.folder.name}.rank-{rank}.log" for rank in range(count)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            with log.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--config", str(config)],
-                        env=os.environ | place | env, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder.parent,
-                    )
-                )  # fmt: skip
+        script = before_training(program, self.folder.with_suffix(".py")) if program else TRAIN
+        with contextlib.ExitStack() as stack:
+            outputs = [stack.enter_context(log.open("w")) for log in self.logs]
+            self.processes = [
+                warm.start(
+                    script, "--config", str(config), stdout=output, stderr=output, cwd=self.folder.parent,
+                    forked=forked, **place,
+                )
+                for place, output in zip(places(count), outputs, strict=True)
+            ]  # fmt: skip
 
     def __enter__(self) -> Self:
         return self

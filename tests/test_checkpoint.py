@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import REPOSITORY, Launch, losses, metrics, torchrun, write_recipe
+from conftest import TRAIN, Launch, kill, losses, metrics, start_ranks, write_recipe
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.ranks
@@ -28,25 +25,20 @@ def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
 def kill_after(recipe: dict[str, Any], step: int, config: Path, saved: str = "", ranks: int = 2) -> None:
     """Start training and `kill -9` every process of it once metrics.jsonl has reached the step, and this checkpoint is
     on disk."""
-    command = [*torchrun(ranks), str(REPOSITORY / "launch" / "train.py"), "--config", str(write_recipe(recipe, config))]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, cwd=config.parent
-    )
+    output, file = config.with_suffix(".out"), Path(recipe["run_dir"]) / "metrics.jsonl"
+    with output.open("w") as out:
+        processes = start_ranks(
+            TRAIN, "--config", str(write_recipe(recipe, config)), ranks=ranks, stdout=out, stderr=out, cwd=config.parent
+        )
     deadline = time.monotonic() + 120
-    file = Path(recipe["run_dir"]) / "metrics.jsonl"
     checkpoint = Path(recipe["run_dir"]) / "checkpoints" / saved
-    while not (file.exists() and any(row["step"] >= step for row in metrics(recipe)) and checkpoint.exists()):
-        assert process.poll() is None, process.stdout.read().decode() if process.stdout else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    # torchrun puts its ranks into sessions of their own, so neither the group nor the session of the launcher has them.
-    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    assert len(everyone) > ranks
-    for one in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    psutil.wait_procs(everyone, timeout=10)
-    process.wait()
+    try:
+        while not (file.exists() and any(row["step"] >= step for row in metrics(recipe)) and checkpoint.exists()):
+            assert [process.poll() for process in processes] == [None] * ranks, output.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        kill(processes)
 
 
 def test_killed_and_started_again_equals_uninterrupted(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import Launch, chats, torchrun, write_jsonl, write_recipe
+from conftest import FULLFT, Launch, chats, run_ranks, torchrun, write_jsonl, write_recipe
 from safetensors.torch import load_file
 from test_architectures import CONFIGS, SMALL, save_model
 from transformers import AutoConfig, DeepseekV3Config, HrmTextConfig, LlamaConfig, PretrainedConfig
@@ -95,9 +95,12 @@ def ranks(recipes: list[dict[str, Any]], folder: Path, count: int, rank: str = "
     """Run RANK on some ranks, which start by the shell command `rank` if given; returns what they print."""
     script = folder / "rank.py"
     script.write_text(RANK)
-    wrapped = ["--no-python", "sh", "-c", rank, "sh", sys.executable] if rank else []
     paths = [str(write_recipe(recipe, Path(recipe["run_dir"] + ".yaml"))) for recipe in recipes]
-    command = [*torchrun(count), *wrapped, str(script), *paths]
+    if not rank:
+        done = run_ranks(script, *paths, ranks=count, cwd=folder, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        return done.stdout
+    command = [*torchrun(count), "--no-python", "sh", "-c", rank, "sh", sys.executable, str(script), *paths]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
@@ -169,11 +172,8 @@ def test_a_run_folder_of_each_node_gives_one_whole_export_on_that_of_rank_0(
     assert not list((run / "checkpoints").iterdir())
 
 
-def fullft_export(*words: Any, code: int = 0, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "fullft.cli", "export", *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=cwd, env=os.environ | environment, check=False
-    )
+def fullft_export(*words: Any, code: int = 0, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = run_ranks(FULLFT, "export", *map(str, words), ranks=1, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

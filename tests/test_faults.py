@@ -9,49 +9,58 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import REPOSITORY, Launch, losses, metrics, torchrun, write_recipe
+from conftest import (
+    TRAIN,
+    Launch,
+    before_training,
+    kill,
+    losses,
+    metrics,
+    run_ranks,
+    start_ranks,
+    wait_for_ranks,
+    write_recipe,
+)
 
 from fullft.retention.report import score
 
 pytestmark = pytest.mark.ranks
 
-TRAIN = str(REPOSITORY / "launch" / "train.py")
+KILLS = int(os.environ.get("FULLFT_TEST_KILLS", "30"))
 
 
-def start(recipe: dict[str, Any], config: Path, ranks: int = 2) -> subprocess.Popen[str]:
+class Job:
     """Training in the background; its output goes beside the config file."""
-    output = config.with_suffix(".out").open("w")
-    command = [*torchrun(ranks), TRAIN, "--config", str(write_recipe(recipe, config))]
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, cwd=config.parent)
+
+    def __init__(self, recipe: dict[str, Any], config: Path, ranks: int = 2) -> None:
+        self.output = config.with_suffix(".out")
+        arguments = ("--config", str(write_recipe(recipe, config)))
+        with self.output.open("w") as out:
+            self.ranks = start_ranks(TRAIN, *arguments, ranks=ranks, stdout=out, stderr=out, cwd=config.parent)
+
+    @property
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert None in [rank.poll() for rank in self.ranks], self.said[-5000:]
+            assert time.monotonic() < deadline, self.said[-5000:]
+            time.sleep(0.005)
 
 
 def alone(recipe: dict[str, Any], config: Path, program: str = "") -> subprocess.CompletedProcess[str]:
-    """One rank without a launcher, so the exit code is the program's own. `program`: Python before the training."""
-    code = f"import runpy, sys; sys.argv = sys.argv[1:]\n{program}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, TRAIN, "--config", str(write_recipe(recipe, config))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=config.parent)
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if TRAIN in child.cmdline()]
-
-
-def kill_all(process: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for one in everyone:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
+    """One rank. `program`: Python before the training."""
+    script = before_training(program, config.with_suffix(".py")) if program else TRAIN
+    arguments = ("--config", str(write_recipe(recipe, config)))
+    return run_ranks(script, *arguments, ranks=1, cwd=config.parent)
 
 
 def last_step(recipe: dict[str, Any]) -> int:
@@ -61,21 +70,13 @@ def last_step(recipe: dict[str, Any]) -> int:
     return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
-def wait_for_step(recipe: dict[str, Any], step: int, process: subprocess.Popen[str], config: Path) -> None:
-    deadline = time.monotonic() + 240
-    while last_step(recipe) < step:
-        assert process.poll() is None, config.with_suffix(".out").read_text()[-5000:]
-        assert time.monotonic() < deadline, config.with_suffix(".out").read_text()[-5000:]
-        time.sleep(0.005)
-
-
 def saved(recipe: dict[str, Any]) -> list[str]:
     folder = Path(recipe["run_dir"]) / "checkpoints"
     return sorted(path.name for path in folder.glob("step-*") if not path.suffix)
 
 
 def test_saving_in_the_background_changes_nothing(recipe: dict[str, Any], launch: Launch) -> None:
-    recipe["train"] |= {"steps": 40, "global_batch_size": 6}
+    recipe["train"] |= {"steps": 16, "global_batch_size": 6}
     recipe["checkpoint"] = {"every_steps": 1}
     waiting = recipe | {"run_dir": recipe["run_dir"] + "-waiting"}
     waiting["checkpoint"] = {"every_steps": 1, "asynchronous": False}
@@ -83,12 +84,12 @@ def test_saving_in_the_background_changes_nothing(recipe: dict[str, Any], launch
     launch(waiting, ranks=3)
     assert losses(recipe) == losses(waiting)  # bit for bit
     for run in (recipe, waiting):
-        assert saved(run) == ["step-00000039", "step-00000040"]
+        assert saved(run) == ["step-00000015", "step-00000016"]
         rows = metrics(run)[1:]
         assert all(row["time/checkpoint_seconds"] >= 0 and row["checkpoint/failed"] == 0 for row in rows)
         assert all(row["time/checkpoint_stall_seconds"] >= 0 for row in rows)
     same = [
-        {path.name: path.read_bytes() for path in (Path(run["run_dir"]) / "checkpoints/step-00000040").iterdir()}
+        {path.name: path.read_bytes() for path in (Path(run["run_dir"]) / "checkpoints/step-00000016").iterdir()}
         for run in (recipe, waiting)
     ]
     assert same[0].keys() == same[1].keys()
@@ -248,18 +249,18 @@ def test_a_full_disk_does_not_end_the_run(recipe: dict[str, Any], launch: Launch
 def test_a_second_job_is_refused_and_the_first_goes_on(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"]["steps"] = 100_000
     recipe["checkpoint"] = {"every_steps": 5}
-    first = start(recipe, tmp_path / "first.yaml")
+    first = Job(recipe, tmp_path / "first.yaml")
     try:
-        wait_for_step(recipe, 5, first, tmp_path / "first.yaml")
+        first.wait_for(lambda: last_step(recipe) >= 5)
         refused = alone(recipe, tmp_path / "second.yaml")
         assert refused.returncode == 2
         assert f"another process is training into {recipe['run_dir']} (host " in refused.stderr
-        assert f"pid {min(rank.pid for rank in ranks_of(first))}" in refused.stderr
+        assert f"pid {first.ranks[0].pid}" in refused.stderr
         reached = last_step(recipe)
-        wait_for_step(recipe, reached + 20, first, tmp_path / "first.yaml")
+        first.wait_for(lambda: last_step(recipe) >= reached + 20)
         assert [row["step"] for row in metrics(recipe)][: reached + 10] == list(range(1, reached + 11))
     finally:
-        kill_all(first)
+        kill(first.ranks)
 
 
 def test_a_frozen_job_that_wakes_changes_nothing(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
@@ -267,27 +268,25 @@ def test_a_frozen_job_that_wakes_changes_nothing(recipe: dict[str, Any], launch:
     recipe["checkpoint"] = {"every_steps": 3, "lease_seconds": 10}
     whole = recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
-    older = start(recipe, tmp_path / "older.yaml")
+    older = Job(recipe, tmp_path / "older.yaml")
     newer = None
     try:
-        wait_for_step(recipe, 10, older, tmp_path / "older.yaml")
-        frozen = ranks_of(older)
-        assert len(frozen) == 2
-        for rank in frozen:
+        older.wait_for(lambda: last_step(recipe) >= 10)
+        for rank in older.ranks:
             rank.send_signal(signal.SIGSTOP)
         reached = last_step(recipe)
-        newer = start(recipe, tmp_path / "newer.yaml")
-        wait_for_step(recipe, reached + 4, newer, tmp_path / "newer.yaml")
-        for rank in frozen:
+        newer = Job(recipe, tmp_path / "newer.yaml")
+        newer.wait_for(lambda: last_step(recipe) >= reached + 4)
+        for rank in older.ranks:
             rank.send_signal(signal.SIGCONT)
-        assert older.wait(120) != 0
-        assert newer.wait(240) == 0, (tmp_path / "newer.out").read_text()[-5000:]
+        assert wait_for_ranks(older.ranks, 120) != 0
+        assert wait_for_ranks(newer.ranks, 240) == 0, newer.said[-5000:]
     finally:
-        kill_all(older)
+        kill(older.ranks)
         if newer:
-            kill_all(newer)
-    assert f"another job has taken over {recipe['run_dir']}" in (tmp_path / "older.out").read_text()
-    assert "has not renewed its lease for 10 s" in (tmp_path / "newer.out").read_text()
+            kill(newer.ranks)
+    assert f"another job has taken over {recipe['run_dir']}" in older.said
+    assert "has not renewed its lease for 10 s" in newer.said
     assert losses(recipe) == losses(whole)
     assert [row["step"] for row in metrics(recipe)] == list(range(1, 81))
     assert saved(recipe) == ["step-00000078", "step-00000080"]
@@ -296,48 +295,44 @@ def test_a_frozen_job_that_wakes_changes_nothing(recipe: dict[str, Any], launch:
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
-    """Also while it starts and while it saves; of one rank, which makes the launcher end the other, or of all."""
-    seed = int(os.environ.get("FULLFT_TEST_SEED", "0"))
+def test_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
+    """Also while it starts and while it saves; of one rank, upon which the other gets SIGTERM, or of all.
+
+    FULLFT_TEST_KILLS=30 FULLFT_TEST_SEED=7: more kills, other moments.
+    """
+    seed, steps = int(os.environ.get("FULLFT_TEST_SEED", "0")), KILLS * 9
     choose = random.Random(seed)
-    recipe["train"] |= {"steps": 260, "schedule": "cosine", "warmup_steps": 4}
+    recipe["train"] |= {"steps": steps, "schedule": "cosine", "warmup_steps": 4}
     recipe["checkpoint"] = {"every_steps": 2}
     whole = recipe | {"run_dir": str(tmp_path / "whole"), "checkpoint": {"every_steps": 1000}}
     launch(whole, timeout=600)
-    config, while_saving = tmp_path / "killed.yaml", 0
-    for kill in range(30):
+    while_saving = 0
+    for kills in range(KILLS):
         before = saved(recipe)
-        process = start(recipe, config)
-        if choose.random() < 0.1:  # while it starts
-            time.sleep(choose.uniform(0, 6))
-        else:
-            reached = int(before[-1].removeprefix("step-")) if before else 0
-            wait_for_new_row(process, config)
-            wait_for_step(recipe, reached + choose.randint(1, 12), process, config)
-            time.sleep(choose.uniform(0, 0.1))
-            output = config.with_suffix(".out").read_text()
-            assert ("resumed from" in output) == bool(before), f"kill {kill}, seed {seed}: {output}"
-            assert "skipped checkpoint" not in output
-        ranks = ranks_of(process)
-        if choose.random() < 0.5 and ranks:
-            choose.choice(ranks).kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(60)
-        kill_all(process)
+        job = Job(recipe, tmp_path / "killed.yaml")
+        try:
+            if choose.random() < 0.1:  # while it starts
+                time.sleep(choose.uniform(0, 2))
+            else:
+                reached = int(before[-1].removeprefix("step-")) if before else 0
+                further = reached + choose.randint(1, 12)
+                # Until this very job has logged a step: metrics.jsonl has the rows of the one before until then.
+                job.wait_for(lambda job=job, further=further: "  loss " in job.said and last_step(recipe) >= further)
+                time.sleep(choose.uniform(0, 0.1))
+                assert ("resumed from" in job.said) == bool(before), f"kill {kills}, seed {seed}: {job.said}"
+                assert "skipped checkpoint" not in job.said
+            if choose.random() < 0.5:
+                choose.choice(job.ranks).kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    wait_for_ranks(job.ranks, 60)
+        finally:
+            kill(job.ranks)
         while_saving += bool(list(Path(recipe["run_dir"]).glob("checkpoints/*.tmp")))
+    print(f"{while_saving} of {KILLS} kills while it saved")
     done = launch(recipe, timeout=600)
     assert "resumed from" in done.stdout
     assert losses(recipe) == losses(whole), f"seed {seed}"
-    assert [row["step"] for row in metrics(recipe)] == list(range(1, 261))
-    assert while_saving > 3
+    assert [row["step"] for row in metrics(recipe)] == list(range(1, steps + 1))
+    assert while_saving
     assert len(saved(recipe)) == 2
     assert not list(Path(recipe["run_dir"]).rglob("*.tmp"))
-
-
-def wait_for_new_row(process: subprocess.Popen[str], config: Path) -> None:
-    """Until this very job has logged a step: metrics.jsonl has the rows of the one before until it is replaced."""
-    deadline = time.monotonic() + 240
-    while "  loss " not in config.with_suffix(".out").read_text():
-        assert process.poll() is None, config.with_suffix(".out").read_text()[-5000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import REPOSITORY, Launch, chats, losses, torchrun, write_jsonl, write_recipe
+from conftest import REPOSITORY, Launch, chats, losses, run_ranks, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from test_architectures import SMALL, save_model
 from transformers import (
@@ -57,8 +56,8 @@ def loaded(recipe: dict[str, Any], folder: Path, ranks: int) -> tuple[dict[str, 
     """What the ranks hold together, and what they said."""
     recipe = recipe | {"train": recipe["train"] | {"global_batch_size": 6}}
     config, out = write_recipe(recipe, folder / "load.yaml"), folder / f"loaded-{ranks}.pt"
-    command = [*torchrun(ranks), str(REPOSITORY / "tests" / "loaded_model.py"), str(config), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    program = REPOSITORY / "tests" / "loaded_model.py"
+    done = run_ranks(program, str(config), str(out), ranks=ranks, cwd=folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     content: dict[str, Any] = torch.load(out)
     return content, done.stdout

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ import hosts
 import psutil
 import pytest
 import ssh_hosts
-from conftest import CPU_RANKS, Launch, chats, losses, write_jsonl, write_recipe
+import warm
+from conftest import CPU_RANKS, Launch, chats, losses, read, write_jsonl, write_recipe
 
 pytestmark = pytest.mark.ranks
 
@@ -55,18 +57,30 @@ class Fullft:
         self.cache = folder / "cache"
         recipe["data"]["cache_dir"] = str(self.cache)
         self.config = write_recipe(recipe, folder / "recipe.yaml")
+        self.program = folder / "program.py"
+        self.program.write_text(FULLFT)
 
-    def start(self, *before: str, pause: float = 0, kill_at: int = -1, verb: str = "prepare") -> subprocess.Popen[str]:
-        command = [*before, sys.executable, "-c", FULLFT, str(pause), str(kill_at), verb, str(self.config)]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | CPU_RANKS
-        )
+    def start(self, pause: float = 0, kill_at: int = -1, verb: str = "prepare", group: bool = False) -> Any:
+        out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
+        arguments = (str(pause), str(kill_at), verb, str(self.config))
+        process = warm.start(self.program, *arguments, stdout=out, stderr=err, cwd=self.program.parent, group=group)
+        process.communicate = lambda timeout=None: (process.wait(timeout), read(out), read(err))[1:]
+        return process
 
-    def run(self, *before: str, code: int = 0, **options: Any) -> tuple[str, str]:
-        process = self.start(*before, **options)
+    def run(self, code: int = 0, **options: Any) -> tuple[str, str]:
+        process = self.start(**options)
         out, err = process.communicate(timeout=120)
         assert process.returncode == code, out + err
         return out, err
+
+    def run_by_mpi(self, processes: int, code: int = 0) -> tuple[str, str]:
+        if not shutil.which("mpirun"):
+            pytest.skip("mpirun is not installed")
+        mpirun = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes)]
+        command = [*mpirun, sys.executable, str(self.program), "0", "-1", "prepare", str(self.config)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout, done.stderr
 
     def complete(self) -> dict[str, bytes]:
         """What training would open: contents of the finished cache folders by name of the file."""
@@ -225,10 +239,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_to_be_trusted(
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_mpi_ranks_share_the_work(fullft: Fullft, whole: dict[str, bytes], processes: int) -> None:
-    if not shutil.which("mpirun"):
-        pytest.skip("mpirun is not installed")
-    mpirun = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", str(processes))
-    out, _ = fullft.run(*mpirun)
+    out, _ = fullft.run_by_mpi(processes)
     assert out.count("train: 200 rows") == 1
     assert fullft.complete() == whole
 
@@ -246,10 +257,8 @@ def test_mpi_ranks_on_two_hosts_share_the_work(fullft: Fullft, whole: dict[str, 
 
 
 def test_bad_input_under_mpi_ends_all_ranks(fullft: Fullft, recipe: dict[str, Any]) -> None:
-    if not shutil.which("mpirun"):
-        pytest.skip("mpirun is not installed")
     write_jsonl(Path(recipe["data"]["train"]), [*chats(3), "{broken"])
-    _, err = fullft.run("mpirun", "--allow-run-as-root", "--oversubscribe", "-np", "3", code=2)
+    _, err = fullft.run_by_mpi(3, code=2)
     assert err.count("1 of 4 rows cannot be used") == 1
 
 
@@ -276,7 +285,7 @@ def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_n
         aside.rename(prepared)
         lock.release()
 
-    timer = threading.Timer(25, give_back)
+    timer = threading.Timer(16, give_back)
     timer.start()
     done = launch(recipe)
     assert "waiting: data set train is prepared by another process" in done.stdout
@@ -293,7 +302,7 @@ def test_a_launch_without_cache_prepares_once(recipe: dict[str, Any], launch: La
 
 @pytest.mark.parametrize("whom", ["the group, as a terminal does", "the parent alone"])
 def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes], whom: str) -> None:
-    process = fullft.start("setsid", pause=0.5)  # so long that no piece that was begun, or waits, is finished in time
+    process = fullft.start(pause=0.5, group=True)  # so long that no piece that was begun, or waits, is finished in time
     wait_for(lambda: fullft.parts() >= 1)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -19,15 +18,15 @@ from test_lease import Job
 pytestmark = pytest.mark.ranks
 
 FAILED, REQUEUE = 1, 85
-STEPS, EVALUATED, SAVED = 12, [0, 4, 8, 12], 5
+STEPS, EVALUATED, SAVED = 12, [0, 6, 12], 5
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe of a run whose time goes mostly into evaluations, of three tasks each; run_dir is not interrupted."""
     folder = tmp_path_factory.mktemp("measured")
-    prompts = write_jsonl(folder / "prompts.jsonl", chats(12))
-    task = {"kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 12}
+    prompts = write_jsonl(folder / "prompts.jsonl", chats(8))
+    task = {"kind": "generate", "measures": "skill", "data": str(prompts), "max_new_tokens": 8}
     recipe = {
         "run_dir": str(folder / "whole"),
         "model": {"path": str(tiny_model)},
@@ -38,7 +37,7 @@ def measured(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         },
         "train": {"steps": STEPS, "global_batch_size": 4, "learning_rate": 1e-3, "warmup_steps": 0},
         "retention": {
-            "every_steps": 4, "generation_batch_size": 1,
+            "every_steps": 6, "generation_batch_size": 1,
             "tasks": [task | {"name": "one"}, task | {"name": "two"}],
         },
         "checkpoint": {"every_steps": SAVED, "keep": 3},
@@ -98,7 +97,7 @@ def test_a_signal_in_training(
     assert_ends_as(preempted, measured)
 
 
-@pytest.mark.parametrize("step", [0, 4, 12])
+@pytest.mark.parametrize("step", EVALUATED)
 def test_an_evaluation_is_abandoned_and_done_after_the_resume(
     measured: dict[str, Any], preempted: dict[str, Any], step: int
 ) -> None:
@@ -109,7 +108,7 @@ def test_an_evaluation_is_abandoned_and_done_after_the_resume(
         ranks.send(signal.SIGTERM, 1)
         assert_left_for_requeue(ranks, step)
     assert not (folder / f"step-{step:08d}.json").exists()  # it was abandoned, not finished
-    if step == 4:  # and abandoned once more, by a signal while it is done again
+    if step == 6:  # and abandoned once more, by a signal while it is done again
         (folder / f"items/step-{step:08d}.validation.jsonl").unlink()
         with Ranks(preempted) as ranks:
             ranks.wait_until((folder / f"items/step-{step:08d}.validation.jsonl").exists, "first task again")
@@ -142,7 +141,7 @@ def test_a_signal_while_exporting_changes_nothing(measured: dict[str, Any], pree
 
 
 def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: dict[str, Any]) -> None:
-    with Ranks(preempted) as ranks:  # before the process group; the folder does not exist yet
+    with Ranks(preempted, forked=False) as ranks:  # before the process group; the folder does not exist yet
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGUSR1)
         assert ranks.codes(20) == [REQUEUE, REQUEUE], ranks.output
@@ -160,11 +159,15 @@ def test_a_signal_before_and_while_loading(measured: dict[str, Any], preempted: 
 @pytest.mark.parametrize("seed", range(3))
 def test_signals_at_random_moments(measured: dict[str, Any], preempted: dict[str, Any], seed: int) -> None:
     chance = random.Random(seed)
+    whole = Path(measured["run_dir"])
+    seconds = (whole / "state.json").stat().st_mtime - whole.with_suffix(".yaml").stat().st_mtime
     for _ in range(5):
+        if (Path(preempted["run_dir"]) / "state.json").exists() and read(preempted, "state.json")["status"] == "done":
+            break
         with Ranks(preempted) as ranks:
             ranks.wait_until_they_listen()
             signum, to = chance.choice([(signal.SIGTERM, (0,)), (signal.SIGTERM, (1,)), (signal.SIGUSR1, (0, 1))])
-            moment = chance.uniform(4, 16)
+            moment = chance.uniform(0, seconds)
             print(f"{signal.Signals(signum).name} to {to} after {moment:.1f} s")
             with contextlib.suppress(AssertionError):
                 ranks.codes(moment)
@@ -226,33 +229,34 @@ import os, signal, time
 def handle(*_):
     while os.environ["RANK"] == "0":
         time.sleep(0.1)
-    open(os.environ["FAILING"], "w").close()
+    open(FAILING, "w").close()
     time.sleep(3)
     raise MemoryError("CUDA out of memory")
 
-if "RANK" in os.environ:
-    signal.signal(signal.SIGUSR2, handle)
+signal.signal(signal.SIGUSR2, handle)
 """
 
 
 @pytest.fixture
-def hanging(preempted: dict[str, Any], tmp_path: Path) -> dict[str, str]:
-    """The environment of ranks that hang or fail by SIGUSR2."""
+def hanging(preempted: dict[str, Any]) -> str:
+    """The program of ranks that hang or fail by SIGUSR2."""
     preempted["checkpoint"] = preempted["checkpoint"] | {"grace_seconds": 5}
     preempted["train"] = preempted["train"] | {"steps": 1000}
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(HANG_OR_FAIL)
-    path = f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    return {"PYTHONPATH": path, "FAILING": str(tmp_path / "failing")}
+    return HANG_OR_FAIL.replace("FAILING", repr(str(failing(preempted))))
 
 
-def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: dict[str, str]) -> None:
+def failing(recipe: dict[str, Any]) -> Path:
+    """The file that a rank writes before it fails."""
+    return Path(recipe["run_dir"]).with_suffix(".failing")
+
+
+def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hanging: str) -> None:
     """Though the launcher's SIGTERM to the others looks like a preemption, and there is a checkpoint."""
     saved = Path(preempted["run_dir"]) / "checkpoints" / f"step-{SAVED:08d}"
-    with Ranks(preempted, 2, **hanging) as ranks:
+    with Ranks(preempted, 2, hanging) as ranks:
         ranks.wait_until(saved.exists, "a checkpoint")
         ranks.send(signal.SIGUSR2, 1)
-        ranks.wait_until(Path(hanging["FAILING"]).exists, "rank 1 about to fail")  # not in a collective, where none can
+        ranks.wait_until(failing(preempted).exists, "rank 1 about to fail")  # not in a collective, where none can
         ranks.send(signal.SIGUSR2, 0)
         assert ranks.processes[1].wait(60) == FAILED, ranks.output
         ranks.send(signal.SIGTERM, 0)
@@ -264,14 +268,12 @@ def test_a_rank_that_failed_is_not_started_again(preempted: dict[str, Any], hang
     assert "MemoryError: CUDA out of memory" in state["reason"]
 
 
-def test_a_rank_that_is_killed_again_and_again_is_started_again_once(
-    preempted: dict[str, Any], hanging: dict[str, str]
-) -> None:
+def test_a_rank_that_is_killed_again_and_again_is_started_again_once(preempted: dict[str, Any], hanging: str) -> None:
     """It could say nothing, so the first time it may have been a preemption."""
     folder = Path(preempted["run_dir"])
     for code in (REQUEUE, FAILED):
         (folder / "env.json").unlink(missing_ok=True)
-        with Ranks(preempted, 2, **hanging) as ranks:
+        with Ranks(preempted, 2, hanging) as ranks:
             ranks.wait_until((folder / "env.json").exists, "loading")
             ranks.send(signal.SIGUSR2, 0)
             ranks.send(signal.SIGKILL, 1)
@@ -290,7 +292,7 @@ def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be
     owner = Job(folder, 600)
     try:
         assert owner.line() == "taken"
-        with Ranks(preempted) as ranks:
+        with Ranks(preempted, forked=False) as ranks:
             ranks.wait_until_they_listen()
             ranks.send(signal.SIGTERM)
             assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
@@ -299,14 +301,14 @@ def test_a_signal_before_training_into_a_folder_of_another_job_or_that_cannot_be
         owner.process.kill()
         owner.process.wait()
     (folder / "REQUEUE").mkdir()  # so that writing it fails
-    with Ranks(preempted) as ranks:
+    with Ranks(preempted, forked=False) as ranks:
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGTERM)
         assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
     (folder / "REQUEUE").rmdir()
     (folder / "checkpoints" / "step-00000007").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000007" / "MANIFEST.json").write_text("{}")
-    with Ranks(preempted) as ranks:
+    with Ranks(preempted, forked=False) as ranks:
         ranks.wait_until_they_listen()
         ranks.send(signal.SIGTERM)
         assert ranks.codes(30) == [REQUEUE, REQUEUE], ranks.output
