@@ -261,7 +261,9 @@ def know_base(
     if recipe.train.kl_reference == "model":
         config = for_evaluation(inputs.deepspeed_config)
         loaded = model.load(recipe, config, inputs.tokenizer).requires_grad_(False)
-        return ReferenceDivergence(start(loaded, None, config).eval())
+        base = start(loaded, None, config)
+        base.eval()
+        return ReferenceDivergence(base)
     try:
         kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
     except Preempted:

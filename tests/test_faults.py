@@ -298,7 +298,7 @@ def test_a_frozen_job_that_wakes_changes_nothing(recipe: dict[str, Any], launch:
 def test_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
     """Also while it starts and while it saves; of one rank, upon which the other gets SIGTERM, or of all.
 
-    FULLFT_TEST_KILLS=30 FULLFT_TEST_SEED=7: more kills, other moments.
+    FULLFT_TEST_KILLS=100 FULLFT_TEST_SEED=7: more kills, other moments.
     """
     seed, steps = int(os.environ.get("FULLFT_TEST_SEED", "0")), KILLS * 9
     choose = random.Random(seed)
