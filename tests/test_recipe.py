@@ -330,6 +330,7 @@ def changed(*overrides: str, **sections: Any) -> set[str]:
 FREE = {
     "run_dir": "runs/b", "deepspeed": "ds_configs/zero3_offload.json", "tracking.every_steps": "5",
     "tracking.wandb": "offline", "tracking.project": "p", "tracking.name": "n", "tracking.tags": "[t]",
+    "tracking.entity": "e", "tracking.group": "g", "tracking.notes": "n",
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
     "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
