@@ -198,7 +198,8 @@ def test_a_rollback_goes_back_trains_gentler_and_ends_well(rolled_back: tuple[di
     rows = [row for row in metrics(recipe) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))  # each once
     rates = [row["train/learning_rate"] for row in rows]
-    assert rates == pytest.approx([3e-2] * entry["to_step"] + [3e-6] * (6 - entry["to_step"]))
+    factors = [1.0] * entry["to_step"] + [1e-4] * (6 - entry["to_step"])
+    assert rates == pytest.approx([3e-2 * min(1, (at + 1) / 5) * factor for at, factor in enumerate(factors)])
     aside = [json.loads(line) for line in (run / "metrics.rollback-1.jsonl").read_text().splitlines()]
     assert [row["step"] for row in aside] == list(range(entry["to_step"] + 1, entry["from_step"] + 1))
     abandoned = sorted(path.name for path in (run / "retention/rollback-1").glob("step-*.json"))
