@@ -65,7 +65,7 @@ def number(value: float, step: float = 0.0) -> str:
         return f"{value / 1e6:.3g}M"
     if abs(value) >= 1e4:
         return f"{value / 1e3:.3g}k"
-    if abs(value) < 1e-3:
+    if abs(value) < 1e-3 or 0 < step < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}".replace("-", "−")
     decimals = max(0, -math.floor(math.log10(step) + 1e-9)) if step else 3

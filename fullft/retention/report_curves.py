@@ -63,11 +63,10 @@ def _trajectory(name: str, reports: Sequence[Report]) -> Chart:
         if len(reports) == 1:
             line.name, line.color, line.run = name, RETENTION if task["measures"] == "retention" else SKILL, None
         lines += [*_abandoned(report, name, line, base * scale, sign), line]
-        if not levels:
-            levels = [(base * scale, "base")]
-            if (limit := found[-1][1].get("limit")) is not None:
-                levels.append((base * scale - limit * sign, "limit"))
-        events += _events(report)
+        levels = levels or [(base * scale, "base")]
+        if len(levels) == 1 and (limit := found[-1][1].get("limit")) is not None:
+            levels.append((base * scale - limit * sign, "limit"))
+        events = _events(report) if len(reports) == 1 else []
     assert task is not None or not lines
     metric = task["metric"] if task else ""
     better = "higher" if task and task["higher_is_better"] else "lower"

@@ -41,7 +41,7 @@ def task_names(reports: Iterable[Report]) -> list[str]:
 
 
 _COLUMNS = (
-    "task", "change", "", "verdict", "base", "score", "metric", "p (Holm)", "q (BH)", "items", "kept", "limit",
+    "task", "change", "", "verdict", "base", "score", "limit", "p (Holm)", "q (BH)", "items", "kept", "metric",
 )  # fmt: skip
 _NUMBERS = ("change", "base", "score", "p (Holm)", "q (BH)", "items", "kept", "limit")
 
