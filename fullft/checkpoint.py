@@ -5,8 +5,9 @@
                                  MANIFEST.json                  sizes and sha256 of all of these
 
 A checkpoint is written as step-00000200.g3.tmp (3: the generation of the run folder's lease) and renamed when every
-file is on disk. It holds the fp32 master weights and both AdamW moments as 1-D DTensors, 12 bytes a parameter. There is
-no random state in it: all randomness of a run is a function of (seed, step, rank).
+file is on disk. It holds the fp32 master weights and both AdamW moments as 1-D DTensors, 12 bytes a parameter, and
+with train.ema_decay the average of the weights, 4 more. There is no random state in it: all randomness of a run is a
+function of (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from fullft import lease
 from fullft.errors import BadInput
 from fullft.shards import (
-    STATES,
+    AVERAGE,
     allocate_optimizer_states,
     mesh_of_all_ranks,
     optimizer_shards,
@@ -113,16 +114,21 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, list[str]]:
 
 
 class SavedWeights:
-    """The fp32 weights of a checkpoint, read shard by shard by a process alone. `sizes`: elements of each parameter."""
+    """The fp32 weights of a checkpoint, or their average if it has one, read shard by shard by a process alone.
+
+    `sizes`: elements of each parameter."""
 
     def __init__(self, path: Path) -> None:
         self._reader = FileSystemReader(path)
         self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        saved_tensors = self._metadata.state_dict_metadata
+        averaged = any(key.startswith(f"{AVERAGE}.") for key in saved_tensors)
+        self._prefix = f"{AVERAGE}." if averaged else "weight."
         self._saved = {
-            key.removeprefix("weight."): saved
-            for key, saved in self._metadata.state_dict_metadata.items()
-            if key.startswith("weight.") and isinstance(saved, TensorStorageMetadata)
+            key.removeprefix(self._prefix): saved
+            for key, saved in saved_tensors.items()
+            if key.startswith(self._prefix) and isinstance(saved, TensorStorageMetadata)
         }
         self.sizes = {name: saved.size.numel() for name, saved in self._saved.items()}
 
@@ -136,7 +142,7 @@ class SavedWeights:
         start = torch.Size([0])
         for name, saved in self._saved.items():
             for chunk in (chunk for chunk in saved.chunks if chunk.sizes.numel()):
-                values, at = memory[: chunk.sizes.numel()], MetadataIndex(f"weight.{name}", chunk.offsets)
+                values, at = memory[: chunk.sizes.numel()], MetadataIndex(f"{self._prefix}{name}", chunk.offsets)
                 item = ReadItem(LoadItemType.TENSOR, at, start, at, start, chunk.sizes)
                 self._reader.read_data(LoadPlan([item]), _Into(values)).wait()
                 yield name, chunk.offsets[0], values
@@ -159,8 +165,15 @@ def _load(engine: Any, path: Path, step: int) -> None:
     tensors, reader = tensors_of(shards), FileSystemReader(path)
     if difference := _difference(tensors, reader):
         raise BadInput(f"run_dir: {path} is a checkpoint of another model: {difference}; use another run_dir")
+    starts_average = AVERAGE in tensors and not any(
+        key.startswith(f"{AVERAGE}.") for key in reader.read_metadata().state_dict_metadata
+    )
+    if starts_average:
+        tensors.pop(AVERAGE)
     dcp_load(tensors, storage_reader=reader)
     for _, parameter, states in shards:
+        if starts_average:  # the checkpoint has none: it begins with the weights
+            states[AVERAGE] = states["weight"]
         set_optimizer_shards(parameter, states)
     set_optimizer_step(engine, step)
     refresh_model_from_optimizer(engine)
@@ -181,7 +194,7 @@ def _difference(tensors: Tensors, reader: FileSystemReader) -> str:
 def tensors_of(shards: list[tuple[str, Any, dict[str, torch.Tensor]]]) -> Tensors:
     """The shards as DTensors that share their memory, so that loading fills them."""
     mesh = mesh_of_all_ranks(shards[0][2]["weight"].device.type)
-    tensors: Tensors = {state: {} for state in STATES}
+    tensors: Tensors = {state: {} for state in shards[0][2]}
     for name, parameter, states in shards:
         for state, shard in states.items():
             tensors[state][name] = to_dtensor(shard, parameter, mesh)

@@ -1,7 +1,8 @@
-"""Token cross-entropy."""
+"""The loss of a step: token cross-entropy, and what a token of which kind of row counts in it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,9 +31,34 @@ def labelled_logits(model: Any, input_ids: torch.Tensor, position_ids: torch.Ten
 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum (not mean) of -ln p(label) over positions with a label, in fp32; a scalar.
+    """Sum (not mean) of -ln p(label) over the positions of a row that have a label, in fp32; [batch].
 
     The caller divides by the number of labels of the whole global batch: micro-batches and ranks have different
     numbers of them, so a mean of means would weight tokens unevenly.
     """
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return nats.view(labels.shape).sum(1)
+
+
+@dataclass(frozen=True)
+class LabelWeights:
+    """What a label counts in the loss of its step, so that the loss is a sum over all labels of the global batch:
+    cross-entropy of a task row's label, of a replay row's, and the KL divergence from the base at a replay row's."""
+
+    task: float
+    replay: float
+    kl: float
+
+    @staticmethod
+    def of_step(task_labels: float, replay_labels: float, replay_label_weight: float, kl_weight: float) -> LabelWeights:
+        """From the numbers of labels in the global batch, the same on all ranks.
+
+        The cross-entropy is the mean over all labels, replay's counting `replay_label_weight`; it is the plain mean in
+        a step without replay rows. The divergence is `kl_weight` times its mean over the replay labels.
+        """
+        whole = task_labels + replay_label_weight * replay_labels or 1.0  # 0 in a step of replay that does not count
+        return LabelWeights(1 / whole, replay_label_weight / whole, kl_weight / max(replay_labels, 1))
+
+    def loss(self, nats: torch.Tensor, kl: torch.Tensor, replay: torch.Tensor) -> torch.Tensor:
+        """This micro-batch's part of the step's loss, a scalar; `nats`, `kl`, `replay`: [batch], of each row."""
+        return (nats * torch.where(replay, self.replay, self.task) + self.kl * kl).sum()

@@ -8,18 +8,51 @@ from typing import Any, cast
 
 import torch
 
+from fullft.errors import BadInput
 from fullft.recipe import Train
 
 
 def parameter_groups(model: torch.nn.Module, train: Train) -> list[dict[str, Any]]:
-    """Two groups, with and without weight decay; each parameter in exactly one (tied ones once)."""
+    """Groups by weight decay and learning rate; each parameter in exactly one (tied ones once).
+
+    The learning rate of a group is that of the step times its `lr_scale`, which is 1 without layer-wise decay.
+    """
     exempt = _exempt_names(model, train.no_decay)
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
+    depths = layer_depths(model) if train.layerwise_lr_decay < 1 else {}
+    groups: dict[tuple[bool, int], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        (kept if name in exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": train.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        groups.setdefault((name in exempt, depths.get(name, 0)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_exempt else train.weight_decay,
+            "lr_scale": train.layerwise_lr_decay**depth,
+        }
+        for (is_exempt, depth), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
+
+
+def layer_depths(model: torch.nn.Module) -> dict[str, int]:
+    """Layers between each parameter and the logits (as in ELECTRA, Clark et al. 2020, and BEiT): of L layers the last
+    is 1 and the first L, what embeds is L + 1, the head and the final norm are 0. A tied head is an embedding.
+
+    Raises:
+        BadInput: the layers are not found.
+    """
+    count = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
+    lists = [(name, one) for name, one in model.named_modules() if isinstance(one, torch.nn.ModuleList)]
+    prefix = next((f"{name}." for name, one in lists if len(one) == count), None)
+    if prefix is None:
+        raise BadInput(
+            f"train.layerwise_lr_decay: {type(model).__name__} has no list of its {count} layers; leave it out"
+        )
+    embeds = tuple(f"{name}." for name, one in model.named_modules() if isinstance(one, torch.nn.Embedding))
+    return {
+        name: count - int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix)
+        else count + 1 if name.startswith(embeds)
+        else 0
+        for name, _ in model.named_parameters()
+    }  # fmt: skip
 
 
 def _exempt_names(model: torch.nn.Module, kinds: Sequence[str]) -> set[str]:

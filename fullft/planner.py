@@ -16,15 +16,22 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
 
     bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
     18 with gradient accumulation, which is done in fp32. fp32: 4 + 4 + 4 (DeepSpeed keeps a second copy) + 8 = 20.
-    Activations and buffers come on top.
+    The base weights of train.l2_pull are 2 (4) more, the average of train.ema_decay is 4. Activations and buffers come
+    on top.
     """
     shard = math.ceil(facts.parameters / world_size)
     low = 2 if bf16 else 4
     gradients = 4 if accumulation > 1 else low
     state = {"weights": low, "gradients": gradients, "master_weights": 4, "adamw_moments": 8}
+    train = recipe.train
+    if train.l2_pull:
+        state["base_weights"] = low  # those of a base in fp32 may be exact in 2
+    if train.ema_decay:
+        state["averaged_weights"] = 4
     state = {name: size * shard for name, size in state.items()}
-    on_host = ("master_weights", "adamw_moments") if offload else ()
-    checkpoint = 12 * facts.parameters
+    on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
+    on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
+    checkpoint = (16 if train.ema_decay else 12) * facts.parameters
     # The best is another one than the newest only if there are evaluations between.
     kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and recipe.retention.every_steps is not None)
     export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")

@@ -21,6 +21,7 @@ from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
 from fullft.export import rehearse, require_hub
+from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
@@ -76,6 +77,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if meta is not None and tokenizer is not None:
         problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
+    if meta is not None and recipe.train.layerwise_lr_decay < 1:
+        attempt(layer_depths, meta)
+    problems += _remedy_problems(recipe, config or {})
     if problems or config is None or geometry is None or meta is None or tokenizer is None:
         raise BadInput(problems)
 
@@ -195,6 +199,22 @@ def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
         f"data.sequence_length: {recipe.data.sequence_length} is above the model's max_position_embeddings, "
         f"{longest}; lower it, or extend the model's context in its config first"
     ]
+
+
+def _remedy_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
+    train, problems = recipe.train, []
+    if train.kl_weight and not recipe.data.replay:
+        problems.append(
+            "train.kl_weight: the divergence is taken on replay rows; give data.replay a set, or leave it out"
+        )
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    elsewhere = "device nvme" if offload.get("device") == "nvme" else "a ratio" if offload.get("ratio", 1) < 1 else ""
+    if (train.l2_pull or train.ema_decay) and elsewhere:
+        problems.append(
+            f"deepspeed: {recipe.deepspeed} has offload_optimizer with {elsewhere}, with which train.l2_pull and "
+            "train.ema_decay do not work; offload to cpu, all of it"
+        )
+    return problems
 
 
 def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:

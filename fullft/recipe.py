@@ -146,6 +146,8 @@ class Data(Section):
     @model_validator(mode="after")
     def _shares(self) -> Data:
         problems = [f"replay.{at}: needs a fraction" for at, one in enumerate(self.replay) if one.fraction is None]
+        if self.replay_weight is not None and not self.replay:
+            problems.append("replay_weight: there is no replay; give data.replay a set, or leave it out")
         fractions = [one.fraction or 0 for one in self.training_sets]
         if sum(fractions) > 1 + 1e-9 or (sum(fractions) > 1 - 1e-9 and not all(fractions)):
             problems.append(f"the fractions of train and replay sum to {sum(fractions):g}: none is left for the rest")
@@ -234,6 +236,10 @@ class Train(Section):
             problems.append("give train.steps or train.epochs, not both")
         if self.min_learning_rate > self.learning_rate:
             problems.append(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+        if self.learning_rate * self.l2_pull > 1:
+            problems.append(
+                f"learning_rate × l2_pull is {self.learning_rate * self.l2_pull:g}, above 1: beyond the base"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self

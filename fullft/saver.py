@@ -31,7 +31,7 @@ from fullft.cluster import available_host_memory, is_shared
 from fullft.errors import LeaseLost
 from fullft.recipe import Checkpoint
 from fullft.retention.report import score
-from fullft.shards import STATES, local_part, mesh_of_all_ranks, optimizer_shards, to_dtensor
+from fullft.shards import local_part, mesh_of_all_ranks, optimizer_shards, states_of, to_dtensor
 from fullft.tracking import Tracker
 
 _LONGEST_WRITE = timedelta(hours=6)  # a rank that waits longer for another's files takes the write for failed
@@ -202,7 +202,8 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
     """Room in host memory for the shards of this rank, pinned on GPU hosts; None and the reason if a host has not
     enough for all its ranks. The same on all ranks."""
     parameters = list(engine.module.named_parameters())
-    count = len(STATES) * sum(local_part(parameter).stop for _, parameter in parameters)
+    states = states_of(engine)
+    count = len(states) * sum(local_part(parameter).stop for _, parameter in parameters)
     mine = (socket.gethostname(), 4 * count, available_host_memory())
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine, group=group)
@@ -227,9 +228,9 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
             runtime.cudaHostUnregister(block.data_ptr())
         return None, problem
     mesh, at = mesh_of_all_ranks("cpu"), 0
-    copies: Tensors = {state: {} for state in STATES}
+    copies: Tensors = {state: {} for state in states}
     for name, parameter in parameters:
-        for state in STATES:
+        for state in states:
             size = local_part(parameter).stop
             copies[state][name] = to_dtensor(block[at : at + size], parameter, mesh)
             at += size

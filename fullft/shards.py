@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 STATES = ("weight", "exp_avg", "exp_avg_sq")
+AVERAGE = "ema"  # the moving average of the weights, a fourth state where a run keeps it
 
 
 def why_not_by_shards(config: dict[str, Any]) -> str:
@@ -79,11 +80,22 @@ def local_part(parameter: Any) -> slice:
     return slice(0, max(0, min(width, parameter.ds_numel - dist.get_rank() * width)))
 
 
+def has_average(engine: Any) -> bool:
+    optimizer = engine.optimizer
+    return any(AVERAGE in optimizer.optimizer.state[flat] for flat in optimizer.fp32_partitioned_groups_flat)
+
+
+def states_of(engine: Any) -> tuple[str, ...]:
+    """The names of what the optimizer has of each parameter."""
+    return (*STATES, AVERAGE) if has_average(engine) else STATES
+
+
 def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Tensor]]]:
     """(name, parameter, {state: shard [c] fp32}) of every parameter, where the optimizer has it: on the host if it is
     offloaded there. A view, or a copy if it is on NVMe."""
+    states = states_of(engine)
     for name, parameter in engine.module.named_parameters():
-        yield name, parameter, {state: _shard(engine, parameter, state) for state in STATES}
+        yield name, parameter, {state: _shard(engine, parameter, state) for state in states}
 
 
 def _shard(engine: Any, parameter: Any, state: str) -> torch.Tensor:
@@ -95,20 +107,28 @@ def _shard(engine: Any, parameter: Any, state: str) -> torch.Tensor:
     return shard.clone() if engine.optimizer.swap_optimizer else shard
 
 
+def _result(engine: Any) -> str:
+    """The state that a run is to leave behind: the average if there is one."""
+    return AVERAGE if has_average(engine) else "weight"
+
+
 def master_shards(engine: Any) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """(name, first element, this rank's fp32 weights [<= c] without padding) of every parameter, one by one."""
+    """(name, first element, this rank's fp32 weights [<= c] without padding) of every parameter, one by one; their
+    average if there is one."""
+    state = _result(engine)
     for name, parameter in engine.module.named_parameters():
-        shard = _shard(engine, parameter, "weight")
+        shard = _shard(engine, parameter, state)
         yield name, dist.get_rank() * len(shard), shard[local_part(parameter)]
 
 
 def gathered_weights(engine: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | None]]:
     """(name, flattened weights [numel] of `dtype`) of every parameter, on rank 0's CPU; else None. All ranks together.
 
-    One parameter at a time, and only rank 0 has all of it.
+    One parameter at a time, and only rank 0 has all of it. Their average if there is one.
     """
+    state = _result(engine)
     for name, parameter in engine.module.named_parameters():
-        shard = _shard(engine, parameter, "weight").to(parameter.device, dtype)
+        shard = _shard(engine, parameter, state).to(parameter.device, dtype)
         whole = None
         if dist.get_rank() == 0:
             whole = torch.empty(dist.get_world_size() * len(shard), dtype=dtype, device=shard.device)
@@ -121,8 +141,9 @@ def set_optimizer_shards(parameter: Any, shards: dict[str, torch.Tensor]) -> Non
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     safe_set_local_fp32_param(parameter, shards["weight"])
-    for state in STATES[1:]:
-        safe_set_local_optimizer_state(parameter, shards[state], state)
+    for state, shard in shards.items():
+        if state != "weight":
+            safe_set_local_optimizer_state(parameter, shard, state)
 
 
 def to_dtensor(shard: torch.Tensor, parameter: Any, mesh: DeviceMesh) -> DTensor:
@@ -160,10 +181,13 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 
 
 @torch.no_grad()
-def refresh_model_from_optimizer(engine: Any) -> None:
-    """After the fp32 shards have changed: copy them to those that forward uses, and gather resident parameters anew."""
-    for _, parameter, shards in optimizer_shards(engine):
-        parameter.ds_tensor.copy_(shards["weight"])
+def refresh_model_from_optimizer(engine: Any, state: str = "weight") -> None:
+    """Copy the fp32 shards, which have changed, to those that forward uses, and gather resident parameters anew.
+
+    All ranks together. `state`: or those of the average.
+    """
+    for _, parameter in engine.module.named_parameters():
+        parameter.ds_tensor.copy_(_shard(engine, parameter, state))
     if resident := engine.optimizer.persistent_parameters:
         resident[0].partition(resident)
         resident[0].all_gather(resident)

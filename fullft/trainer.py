@@ -19,10 +19,11 @@ from fullft.data.batches import Batch
 from fullft.engine import offloads_optimizer, start
 from fullft.errors import BadInput, LeaseLost, Preempted, TrainingStopped
 from fullft.export import export
-from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
+from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
@@ -37,7 +38,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
         Preempted: a signal came, and the checkpoint of the last step is written.
     """
-    engine, step, tokens_seen, unevaluated, tracker, saver = set_up(recipe, cluster, inputs)
+    engine, step, tokens_seen, unevaluated, tracker, saver, pull = set_up(recipe, cluster, inputs)
     if inputs.suite.tasks and unevaluated is not None:
         if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
             leave_for_requeue(recipe, cluster, tracker, step)
@@ -50,32 +51,36 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("data", step + 1)
         batches = list(inputs.batches.of_step(step, cluster.rank))
         watchdog.mark("token count")
-        # The loss is the mean over the labels of the global batch, so their number must be known before backward.
-        labels_of_step, tokens_of_step = count_tokens(batches, engine.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+        # The loss is a mean over the labels of the global batch, so their number must be known before backward.
+        task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
+        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, 0.0)
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats of task rows, of replay rows
 
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            # 2. Token cross-entropy, summed
-            loss = token_cross_entropy(logits, labels)
-            loss_sum += loss.detach()
-            # 3. Backward pass. ZeRO averages gradients over the ranks, hence × world size: sum over ranks / all labels.
-            engine.backward(loss * (cluster.world_size / labels_of_step), scale_wrt_gas=False)
+            # 2. Token cross-entropy, summed over each row
+            nats = token_cross_entropy(logits, labels)
+            loss = weights.loss(nats, torch.zeros_like(nats), batch.replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum()]).detach()
+            # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
+            engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
-        # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite)
+        # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite),
+        #    and with it the pull to the base weights and the moving average, if the recipe asks for them
         watchdog.mark("update")
         rate = learning_rate(step, inputs.total_steps, recipe.train)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
         engine.step()
 
-        loss_sum_of_step, signalled = sum_over_ranks(float(loss_sum), bool(signals.name()), device=engine.device)
-        loss_of_step, grad_norm = loss_sum_of_step / labels_of_step, float(engine.get_global_grad_norm())
+        *sums_of_step, signalled = sum_over_ranks(*sums.tolist(), bool(signals.name()), device=engine.device)
+        loss_of_step = sums_of_step[0] * weights.task + sums_of_step[1] * weights.replay
+        grad_norm = float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
             saver.wait()
-            stop_at_non_finite(recipe, cluster, inputs, step, batches, loss_sum, grad_norm)
+            stop_at_non_finite(recipe, cluster, inputs, step, batches, sums, grad_norm)
         step += 1
         tokens_seen += tokens_of_step
 
@@ -83,10 +88,11 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         row = {
             "train/global_step": step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
             "train/learning_rate": rate, "train/epoch": inputs.batches.epochs(step), "train/tokens": tokens_seen,
-            "train/trained_tokens_of_step": labels_of_step, "time/step_seconds": seconds,
+            "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | memory_metrics() | inputs.batches.account(step - 1)  # fmt: skip
+        } | losses_by_kind(sums_of_step, task_labels, replay_labels)  # fmt: skip
+        row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         stopping = signals.heed(signalled)  # the same on all ranks
@@ -98,7 +104,10 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         if to_save:
             watchdog.mark("checkpoint")
             saver.copy()
-        if evaluation or (not abandoned and is_due(step, recipe.tracking.every_steps, inputs.total_steps)):
+        is_logged = bool(evaluation) or is_due(step, recipe.tracking.every_steps, inputs.total_steps)
+        if pull is not None and is_logged:
+            row["train/l2_distance"] = pull.distance()
+        if is_logged and not abandoned:
             tracker.log(step, row | (evaluation or {}) | saver.metrics(), show)
         if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
             state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
@@ -120,11 +129,12 @@ def is_due(step: int, every: int | None, total: int) -> bool:
 
 def set_up(
     recipe: Recipe, cluster: Cluster, inputs: Inputs
-) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, Saver]:
+) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, Saver, Pull | None]:
     """Run folder, model, engine and checkpoint.
 
     Returns:
-        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker, saver
+        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker, saver, the pull
+        to the base weights if there is one
 
     Raises:
         Preempted: a signal came to a rank.
@@ -138,10 +148,13 @@ def set_up(
     resumes = [checkpoint.newest(recipe.run_folder / "checkpoints") is not None]
     dist.broadcast_object_list(resumes, src=0)
     end_loading_if_asked(recipe, cluster, "loading of the model")
-    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read=not resumes[0])
+    # The pull needs the base weights; else a checkpoint has all that is needed.
+    read = not resumes[0] or recipe.train.l2_pull > 0
+    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
+    pull = attach(engine, recipe.train)
     trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
     if trainable != inputs.facts.parameters:
         raise RuntimeError(
@@ -171,15 +184,25 @@ def set_up(
         for skipped in resumed["skipped"]:
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
-    return engine, step, tokens_seen, unevaluated, tracker, saver
+    return engine, step, tokens_seen, unevaluated, tracker, saver, pull
 
 
-def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int]:
-    """(labels, tokens without padding) of the global batch: all micro-batches of all ranks."""
+def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
+    """(labels of task rows, of replay rows, tokens without padding) of the global batch: all micro-batches of all
+    ranks."""
     labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    replay = sum(int((batch.labels[batch.replay] != IGNORE).sum()) for batch in batches)
     tokens = sum(batch.tokens for batch in batches)
-    all_labels, all_tokens = sum_over_ranks(labels, tokens, device=device)
-    return int(all_labels), int(all_tokens)
+    task_labels, replay_labels, all_tokens = sum_over_ranks(labels - replay, replay, tokens, device=device)
+    return int(task_labels), int(replay_labels), int(all_tokens)
+
+
+def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int) -> dict[str, float]:
+    """Means over their own tokens, nats, of the kinds of rows that the step has; none if it has no replay rows."""
+    if not replay_labels:
+        return {}
+    found = {"train/loss_replay": sums[1] / replay_labels}
+    return found | ({"train/loss_task": sums[0] / task_labels} if task_labels else {})
 
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any] | None:
@@ -187,7 +210,8 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     started = time.perf_counter()
     watchdog.mark("evaluation", step)
     try:
-        report = inputs.suite.evaluate(engine, step)
+        with averaged(engine) as weights:
+            report = inputs.suite.evaluate(engine, step, weights)
     except Preempted:
         tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
         return None
@@ -214,7 +238,7 @@ def stop_at_non_finite(
     inputs: Inputs,
     step: int,
     batches: list[Batch],
-    loss_sum: torch.Tensor,
+    sums: torch.Tensor,
     grad_norm: float,
 ) -> None:
     """Save what led to a loss or gradient norm that is not finite, and stop on all ranks."""
@@ -223,7 +247,7 @@ def stop_at_non_finite(
     folder.mkdir(parents=True, exist_ok=True)
     torch.save([vars(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
     losses: list[Any] = [None] * cluster.world_size
-    dist.all_gather_object(losses, float(loss_sum))
+    dist.all_gather_object(losses, float(sums.sum()))
     if cluster.is_main:
         rows = inputs.batches.rows_of_step(step)
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

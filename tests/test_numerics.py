@@ -105,7 +105,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
     alone = 0.0
     for ids in documents:
         labels = torch.cat([ids[1:], torch.tensor([IGNORE])])[None]
-        loss = token_cross_entropy(*labelled_logits(model, ids[None], torch.arange(len(ids))[None], labels))
+        loss = token_cross_entropy(*labelled_logits(model, ids[None], torch.arange(len(ids))[None], labels)).sum()
         loss.backward()
         alone += loss.item()
     gradients_alone = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
@@ -116,7 +116,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
     labels = torch.cat(
         [*(torch.cat([one[1:], torch.tensor([IGNORE])]) for one in documents), torch.full((14,), IGNORE)]
     )[None]
-    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels))
+    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels)).sum()
     loss.backward()
     assert loss.item() == pytest.approx(alone, rel=1e-6)
     torch.testing.assert_close(
@@ -127,7 +127,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
 def test_a_micro_batch_without_labels_counts_nothing_and_still_runs(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = torch.ones(1, 5, dtype=torch.int64)
-    loss = token_cross_entropy(*labelled_logits(model, ids, torch.arange(5)[None], torch.full((1, 5), IGNORE)))
+    loss = token_cross_entropy(*labelled_logits(model, ids, torch.arange(5)[None], torch.full((1, 5), IGNORE))).sum()
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())

@@ -29,12 +29,15 @@ class Batch:
     position_ids: torch.Tensor
     labels: torch.Tensor  # the next token, already shifted; IGNORE where there is no loss
     tokens: int  # without padding
+    replay: torch.Tensor  # [micro_batch] bool: the row is of a replay set (a row is of one set)
+    sequences: tuple[tuple[int, int], ...]  # (set, sequence of it) of each row
 
     def to(self, device: torch.device | str) -> Batch:
-        ids, positions, labels = (
-            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.position_ids, self.labels)
+        ids, positions, labels, replay = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
         )
-        return Batch(ids, positions, labels, self.tokens)
+        return Batch(ids, positions, labels, self.tokens, replay, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,27 @@ class Geometry:
 class Batches:
     """The sequences of all training sets and the batches of each step."""
 
-    def __init__(self, sets: Sequence[Sequences], mixture: Mixture, width: int | None, geometry: Geometry) -> None:
-        """`width`: tokens of every sequence, padded; None: of the longest in its micro-batch."""
+    def __init__(
+        self,
+        sets: Sequence[Sequences],
+        mixture: Mixture,
+        width: int | None,
+        geometry: Geometry,
+        replay_sets: int = 0,
+        replay_label_weight: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            width: tokens of every sequence, padded; None: of the longest in its micro-batch.
+            replay_sets: so many of the sets, the last ones, are replay.
+            replay_label_weight: what a label of theirs counts in the loss, one of the others counting 1.
+        """
         self.sets = sets
         self.mixture = mixture
         self.width = width
         self.geometry = geometry
+        self.first_replay = len(sets) - replay_sets
+        self.replay_label_weight = replay_label_weight
         self._orders: list[dict[int, NDArray[numpy.int64]]] = [{} for _ in sets]  # by epoch
 
     @property
@@ -145,7 +163,8 @@ class Batches:
         for row, (one, sequence) in enumerate(rows):
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
-        return Batch(ids, positions, labels, sum(lengths))
+        replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
+        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen))
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:

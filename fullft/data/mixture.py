@@ -105,6 +105,22 @@ def mix(
     return Mixture(tuple(_whole(shares)), tuple(counts), sum(of_epoch), total)
 
 
+def replay_label_weight(rates: Sequence[int], labels: Sequence[float], first_replay: int, share: float) -> float:
+    """What a label of a replay set counts, one of the others counting 1, for replay to have this share of the loss.
+
+    With T labels of the others and R of replay in the run, α·R / (T + α·R) = share.
+
+    Args:
+        rates: of each set, sequences of it in the run, up to a common factor.
+        labels: of each set, labels of one of its sequences, on average.
+        first_replay: the sets from this one on are replay.
+        share: below 1.
+    """
+    of_run = [rate * count for rate, count in zip(rates, labels, strict=True)]
+    others, replay = sum(of_run[:first_replay]), sum(of_run[first_replay:])
+    return share / (1 - share) * others / replay if replay else 1.0
+
+
 def _apportioned(wanted: Sequence[float], total: int) -> list[int]:
     """Whole numbers that sum to `total`, by largest remainder: none is above the next whole number, or below the last.
 

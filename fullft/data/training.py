@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fullft.data.batches import Batches, Geometry
 from fullft.data.cache import open_sets
 from fullft.data.leaks import find_leaks, index
-from fullft.data.mixture import mix
+from fullft.data.mixture import mix, replay_label_weight
 from fullft.data.sequences import Sequences, open_sequences
 from fullft.errors import BadInput
 from fullft.recipe import Recipe
@@ -80,7 +80,11 @@ def build_batches(recipe: Recipe, sets: list[Sequences], geometry: Geometry) -> 
         # The last step is filled up to a whole one, but not with a set that has had its epochs.
         whole_steps = steps * geometry.global_batch_size
         mixture = mix(data.training_sets, data.names, sizes, train.epochs or 1.0, whole_steps)
-    batches = Batches(sets, mixture, data.sequence_length if data.packing else None, geometry)
+    share = data.replay_weight if data.replay_weight is not None else sum(one.fraction or 0 for one in data.replay)
+    labels = [one.summary["trained_tokens"] / len(one) for one in sets]
+    weight = replay_label_weight(mixture.rates, labels, len(data.train), share)
+    width = data.sequence_length if data.packing else None
+    batches = Batches(sets, mixture, width, geometry, len(data.replay), weight)
     return batches, steps
 
 

@@ -40,8 +40,10 @@ class Suite:
         self.tasks = prepare_tasks(recipe, tokenizer)
         self.base: dict[str, float] = {}  # scores of step 0
 
-    def evaluate(self, engine: Any, step: int) -> dict[str, Any]:
+    def evaluate(self, engine: Any, step: int, weights: str = "live") -> dict[str, Any]:
         """Run every task, write retention/step-….json, its items and samples/, and return the content of the former.
+
+        `weights`: what the engine has meanwhile, "live" or "ema".
 
         Raises:
             Preempted: a signal came to a rank; on all ranks after the same batch.
@@ -60,7 +62,7 @@ class Suite:
             result["base"] = self.base[name]
             worse = result["base"] - result["score"] if result["higher_is_better"] else result["score"] - result["base"]
             result["drop"] = worse
-        report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "tasks": results}
+        report = {"format": "fullft-retention/1", "step": step, "base_step": 0, "weights": weights, "tasks": results}
         if dist.get_rank() == 0:
             _write(self.folder / f"{_file_name(step)}.json", json.dumps(report, indent=1))
         return report

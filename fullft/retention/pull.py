@@ -1,0 +1,117 @@
+"""What happens to the fp32 weights after AdamW's update of them: the pull to the base weights, and the moving average.
+
+Both are done element by element, so each rank does them on its own shards. They hang on the optimizer's step, which
+DeepSpeed calls for one flat group of shards after the other, and not at all where a gradient is not finite, before it
+copies the group to the weights that forward uses: nothing is copied twice, and a step that is skipped moves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fullft.cluster import sum_over_ranks
+from fullft.errors import Preempted
+from fullft.recipe import Train
+from fullft.shards import (
+    AVERAGE,
+    allocate_optimizer_states,
+    has_average,
+    refresh_model_from_optimizer,
+    set_optimizer_step,
+)
+
+_BLOCK = 1 << 24  # elements at a time, so that fp32 copies of the base stay small
+
+
+class Pull:
+    """The base weights of this rank's shards, and the pull to them: w += learning rate × strength × (base - w).
+
+    L2-SP (Li et al. 2018, "Explicit inductive bias for transfer learning"), decoupled from the gradient as AdamW's
+    weight decay is. Needs 2 bytes a parameter over all ranks where bf16 holds the base exactly, else 4.
+    """
+
+    def __init__(self, engine: Any, strength: float, offload: bool) -> None:
+        """`engine`: its weights are those of the base. `offload`: keep them in host memory."""
+        self.strength = strength
+        self._engine = engine
+        self._base = {flat: _compact(flat, offload) for flat in engine.optimizer.fp32_partitioned_groups_flat}
+
+    def apply(self, flat: torch.Tensor, rate: float) -> None:
+        for weights, base in self._blocks(flat):
+            weights.lerp_(base, rate * self.strength)
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """||w - base|| / ||base|| over all parameters. All ranks together."""
+        moved = size = 0.0
+        for flat in self._base:
+            for weights, base in self._blocks(flat):  # the padding of a shard is zero in both
+                moved += float((weights - base).square().sum(dtype=torch.float64))
+                size += float(base.square().sum(dtype=torch.float64))
+        moved, size = sum_over_ranks(moved, size, device=self._engine.device)
+        return math.sqrt(moved / size)
+
+    def _blocks(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        base = self._base[flat]
+        for start in range(0, len(flat), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            yield flat[part], base[part].to(flat.device, torch.float32, non_blocking=True)
+
+
+def _compact(flat: torch.Tensor, offload: bool) -> torch.Tensor:
+    """A copy of fp32 values, in bf16 if that is exact."""
+    low = flat.detach().to(torch.bfloat16)
+    base = low if torch.equal(low.float(), flat) else flat.detach().clone()
+    return base.cpu().pin_memory() if offload and base.device.type == "cuda" else base
+
+
+def attach(engine: Any, train: Train) -> Pull | None:
+    """Have the engine's updates followed by what the recipe asks for; returns the pull. Its weights are the base's."""
+    pull = Pull(engine, train.l2_pull, train.l2_pull_offload) if train.l2_pull else None
+    if train.ema_decay:
+        _start_average(engine)
+
+    @torch.no_grad()
+    def after_update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                if pull is not None:
+                    pull.apply(flat, group["lr"])
+                if train.ema_decay:
+                    optimizer.state[flat][AVERAGE].lerp_(flat, 1 - train.ema_decay)
+
+    if pull is not None or train.ema_decay:
+        engine.optimizer.optimizer.register_step_post_hook(after_update)
+    return pull
+
+
+def _start_average(engine: Any) -> None:
+    """The average, in the optimizer's state beside the moments, so that checkpoints treat it as they treat those."""
+    allocate_optimizer_states(engine)
+    set_optimizer_step(engine, 0)  # AdamW makes a state only where there is none
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        engine.optimizer.optimizer.state[flat][AVERAGE] = flat.detach().clone()
+
+
+@contextmanager
+def averaged(engine: Any) -> Iterator[str]:
+    """The model has the averaged weights meanwhile, if there are any; afterwards, bit for bit, those of before. All
+    ranks together. Gives "ema" or "live".
+
+    Only the weights that forward uses change hands: they are copies of the optimizer's.
+    """
+    if not has_average(engine):
+        yield "live"
+        return
+    refresh_model_from_optimizer(engine, AVERAGE)
+    try:
+        yield "ema"
+    except Preempted:  # on all ranks; any other error may be of one rank alone, and ends the run
+        refresh_model_from_optimizer(engine)
+        raise
+    refresh_model_from_optimizer(engine)
