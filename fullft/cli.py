@@ -93,6 +93,7 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
 
     from fullft.planner import GIB
     from fullft.preflight import preflight
+    from fullft.retention.baseline import smallest_drops
 
     transformers.utils.logging.disable_progress_bar()  # a trial of the export has bars
     if world_size < 1:
@@ -106,6 +107,8 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
+    for line in smallest_drops(inputs.suite):
+        print(f"measures {line}")
     for warning in inputs.warnings:
         print(f"warning  {warning}")
     print("ok")

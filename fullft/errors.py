@@ -7,6 +7,7 @@ from collections.abc import Sequence
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+EXIT_GATE = 75
 EXIT_REQUEUE = 85
 
 
@@ -31,6 +32,10 @@ class BadInput(Exception):
 
 class TrainingStopped(Exception):
     """Training cannot go on (exit code 1), e.g. the loss is not finite. Raised on all ranks at the same step."""
+
+
+class RetentionStopped(Exception):
+    """The gate of retention has stopped training (exit code 75). Raised on all ranks together; all of it is saved."""
 
 
 class Preempted(Exception):

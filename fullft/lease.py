@@ -47,6 +47,7 @@ from fullft.errors import BadInput, LeaseLost
 
 _WRITTEN_TO = (
     ".",
+    "base",
     "checkpoints",
     "retention",
     "retention/items",

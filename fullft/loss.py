@@ -40,6 +40,29 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return nats.view(labels.shape).sum(1)
 
 
+def kl_divergence(
+    logits: torch.Tensor, tokens: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor
+) -> torch.Tensor:
+    """KL(p || q) at each position, nats: of p are known the k likeliest tokens, all others are taken as one.
+
+    A lower bound of the whole divergence, by the log-sum inequality, and never below 0. It misses how p and q differ
+    among the other tokens, so the mean of p's mass there says how good a bound it is.
+
+    Args:
+        logits: of q, [positions, vocabulary].
+        tokens, logprobs: the likeliest tokens of p and their ln p, which may have been rounded, [positions, k].
+        rest: the mass of p outside of these tokens, [positions].
+
+    Returns:
+        [positions] fp32.
+    """
+    log_q = logits.gather(-1, tokens).float() - logits.float().logsumexp(-1, keepdim=True)
+    # What rounding adds to the sum of p would pass for mass elsewhere, where a sure model has next to none.
+    log_p = logprobs + ((1 - rest) / logprobs.exp().sum(-1)).log()[:, None]
+    rest_p, rest_q = (one.clamp(min=1e-8) for one in (rest, 1 - log_q.exp().sum(-1)))
+    return (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
+
+
 @dataclass(frozen=True)
 class LabelWeights:
     """What a label counts in the loss of its step, so that the loss is a sum over all labels of the global batch:

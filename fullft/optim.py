@@ -39,20 +39,28 @@ def layer_depths(model: torch.nn.Module) -> dict[str, int]:
     Raises:
         BadInput: the layers are not found.
     """
+    layers = layer_of(model)
+    if not layers:
+        raise BadInput(f"train.layerwise_lr_decay: {type(model).__name__} has no list of its layers; leave it out")
+    count = max(layers.values()) + 1
+    embeds = tuple(f"{name}." for name, one in model.named_modules() if isinstance(one, torch.nn.Embedding))
+    return {
+        name: count - layers[name] if name in layers else count + 1 if name.startswith(embeds) else 0
+        for name, _ in model.named_parameters()
+    }
+
+
+def layer_of(model: torch.nn.Module) -> dict[str, int]:
+    """The number (from 0) of the layer that each parameter is of, of those that are of one; empty if the model has no
+    list of as many modules as its config says it has layers."""
     count = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[union-attr, operator]
     lists = [(name, one) for name, one in model.named_modules() if isinstance(one, torch.nn.ModuleList)]
     prefix = next((f"{name}." for name, one in lists if len(one) == count), None)
-    if prefix is None:
-        raise BadInput(
-            f"train.layerwise_lr_decay: {type(model).__name__} has no list of its {count} layers; leave it out"
-        )
-    embeds = tuple(f"{name}." for name, one in model.named_modules() if isinstance(one, torch.nn.Embedding))
     return {
-        name: count - int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix)
-        else count + 1 if name.startswith(embeds)
-        else 0
+        name: int(name.removeprefix(prefix).partition(".")[0])
         for name, _ in model.named_parameters()
-    }  # fmt: skip
+        if prefix is not None and name.startswith(prefix)
+    }
 
 
 def _exempt_names(model: torch.nn.Module, kinds: Sequence[str]) -> set[str]:

@@ -23,6 +23,8 @@ from fullft.errors import BadInput
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
+from fullft.retention import baseline
+from fullft.retention.divergence import Divergence
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE
 from fullft.tokenizer import load_tokenizer
@@ -43,6 +45,7 @@ class Inputs:
     plan: dict[str, Any]
     warnings: list[str]
     meta: PreTrainedModel  # without storage; the export is laid out from it
+    divergence: Divergence
 
 
 def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
@@ -89,7 +92,10 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
-    problems += _prompt_problems(suite, meta) if suite is not None else []
+    if suite is not None:
+        problems += _prompt_problems(suite, meta)
+        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
+            problems += baseline.problems(suite)
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -98,13 +104,22 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
 
     sets, told = opened
     batches, total = build_batches(recipe, sets, geometry)
+    if recipe.train.kl_weight:
+        planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
+        planned["run_folder_bytes"] += planned["base_predictions_bytes"]
+        if problems := _room_problems(recipe, planned):
+            raise BadInput(problems)
+    suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     warnings = told + unlikely(recipe, total, batches)
-    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta)
+    if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
+        warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
+    divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
+    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -153,6 +168,17 @@ def finished(recipe: Recipe) -> bool:
     return state.exists() and json.loads(state.read_text()).get("status") == "done"
 
 
+def stopped_by_gate(recipe: Recipe) -> str:
+    """Why retention.gate has stopped this run, if it has and the gate is still the same; else empty."""
+    try:
+        check_run_folder(recipe)
+    except BadInput:
+        return ""
+    file = recipe.run_folder / "state.json"
+    state = json.loads(file.read_text()) if file.exists() else {}
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
+
+
 def _sources(recipe: Recipe) -> list[Source]:
     return [
         *recipe.data.training_sets,
@@ -174,17 +200,24 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     longest = _longest(meta)
-    needed = {
-        task.name: max(len(item.prompt) for item in task.items) + task.max_new_tokens
-        for task in suite.tasks
-        if task.kind == "generate"
-    }
-    return [
-        f"task {name}: its longest prompt and max_new_tokens make {tokens} tokens, above the model's "
-        f"max_position_embeddings, {longest}"
-        for name, tokens in needed.items()
-        if longest is not None and tokens > longest
-    ]
+    problems = []
+    for task in suite.tasks:
+        if task.kind == "generate":
+            what, tokens = "prompt and max_new_tokens", max(len(item.prompt) for item in task.items)
+            tokens += task.max_new_tokens
+        elif task.kind == "multiple_choice":
+            what, tokens = (
+                "question with a choice",
+                max(len(a) + len(b) - 1 for item in task.items for a, b in item.pairs),
+            )
+        else:
+            continue  # texts are cut into windows, and lm-evaluation-harness cuts the beginning off
+        if longest is not None and tokens > longest:
+            problems.append(
+                f"task {task.name}: its longest {what} make {tokens} tokens, above the model's "
+                f"max_position_embeddings, {longest}"
+            )
+    return problems
 
 
 def _longest(meta: PreTrainedModel) -> int | None:

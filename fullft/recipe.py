@@ -60,7 +60,7 @@ def _known_fields(fields: dict[str, str]) -> dict[str, str]:
 
 ROW_FIELDS = (
     "messages", "conversations", "tools", "prompt", "completion", "instruction", "input", "output", "system", "text",
-    "input_ids", "labels",
+    "input_ids", "labels", "context", "question", "choices", "answer", "cluster",
 )  # fmt: skip
 
 
@@ -70,9 +70,9 @@ class Source(Section):
     path: str = Field(description=".jsonl, .json or .parquet file, a glob of them, an Arrow folder, or a hub name")
     split: str = Field("train", description="split of an Arrow folder or hub data set")
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens"] = Field(
-        "auto", description="shape of a row; auto: told by its fields"
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text", "tokens", "multiple_choice"
+    ] = Field("auto", description="shape of a row; auto: told by its fields, and multiple_choice for such a task")
     fields: Annotated[dict[str, str], AfterValidator(_known_fields)] = Field(
         {}, description="our field name: name of the column in the data, e.g. {output: answer}"
     )
@@ -298,6 +298,18 @@ class Task(Section):
         None, description="regular expression; its last match (group 1 if any) in answer and reference is compared"
     )
     max_new_tokens: int = Field(256, ge=1, description="longest generated answer, tokens")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_data(cls, value: Any) -> Any:
+        """What kind and cluster_field say of the rows, said to those who read them."""
+        if not isinstance(value, dict) or not isinstance(data := _as_source(value.get("data")), dict):
+            return value
+        if value.get("kind") == "multiple_choice" and data.get("format", "auto") == "auto":
+            data = data | {"format": "multiple_choice"}
+        if (column := value.get("cluster_field")) and isinstance(fields := data.get("fields", {}), dict):
+            data = data | {"fields": fields | {"cluster": column}}
+        return value | {"data": data}
 
     @model_validator(mode="after")
     def _has_data(self) -> Task:

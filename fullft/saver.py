@@ -30,7 +30,9 @@ from fullft.checkpoint import MANIFEST, Tensors, all_complete, entry_of, newest,
 from fullft.cluster import available_host_memory, is_shared
 from fullft.errors import LeaseLost
 from fullft.recipe import Checkpoint
+from fullft.retention import rollback
 from fullft.retention.report import score
+from fullft.retention.rollback import step_of
 from fullft.shards import local_part, mesh_of_all_ranks, optimizer_shards, states_of, to_dtensor
 from fullft.tracking import Tracker
 
@@ -45,7 +47,11 @@ class Saver:
     and does not end the training. Every method raises LeaseLost on rank 0 if another job has taken over the run folder.
     """
 
-    def __init__(self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int) -> None:
+    def __init__(
+        self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int, keep_good: bool
+    ) -> None:
+        """`keep_good`: never remove the newest checkpoint from before a retention task has passed its limit."""
+        self._keep_good = keep_good
         self._engine, self._folder, self._settings, self._tracker = engine, folder, settings, tracker
         self.resumed_step = self.saved_step = resumed_step  # the latter: the newest that is on disk
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -106,6 +112,10 @@ class Saver:
                 watchdog.touch()
         if self._lost is not None:
             raise self._lost
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier checkpoint."""
+        self.resumed_step = self.saved_step = step
 
     def metrics(self) -> dict[str, float]:
         """New since the last call: time/checkpoint_stall_seconds, time/checkpoint_seconds, checkpoint/failed."""
@@ -181,7 +191,7 @@ class Saver:
         lease.commit(final)
         to_disk(self._folder)
         try:
-            for old in _superfluous(self._folder, self._settings):
+            for old in _superfluous(self._folder, self._settings, self._keep_good):
                 lease.remove(old)
         except OSError as error:
             self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {error}")
@@ -237,13 +247,16 @@ def _allocate_copies(engine: Any, group: Any) -> tuple[Tensors | None, str]:
     return copies, ""
 
 
-def _superfluous(folder: Path, settings: Checkpoint) -> list[Path]:
-    """What may go now that a checkpoint was written: all but the newest and the best, and what was set aside."""
+def _superfluous(folder: Path, settings: Checkpoint, keep_good: bool) -> list[Path]:
+    """What may go now that a checkpoint was written: all but the newest, the best and that of before a loss, and what
+    was set aside."""
     complete = all_complete(folder)
     kept = complete[-settings.keep :]
     scored = [(value, path) for path in complete if (value := _score(path)) is not None]
     if settings.keep_best and scored:
         kept.append(max(scored)[1])
+    if keep_good and complete:
+        kept += filter(None, [rollback.target(folder.parent, step_of(complete[-1]))])
     return [path for path in complete if path not in kept] + list(folder.glob("step-*.damaged"))
 
 

@@ -180,6 +180,12 @@ def set_optimizer_step(engine: Any, step: int) -> None:
         optimizer.optimizer.state[flat]["step"] = count if is_torch else step
 
 
+def start_optimizer(engine: Any) -> None:
+    """The optimizer's state as it is before the first step, which is else made in it."""
+    allocate_optimizer_states(engine)
+    set_optimizer_step(engine, 0)  # AdamW makes a state only where there is none
+
+
 @torch.no_grad()
 def refresh_model_from_optimizer(engine: Any, state: str = "weight") -> None:
     """Copy the fp32 shards, which have changed, to those that forward uses, and gather resident parameters anew.

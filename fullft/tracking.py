@@ -33,11 +33,11 @@ class Tracker:
         self._run: Any = None
         if not is_main:
             return
-        file = recipe.run_folder / "metrics.jsonl"
-        last_logged = _cut_back(file, resumed_step if logged_step is None else logged_step)
+        self._file = recipe.run_folder / "metrics.jsonl"
+        last_logged = _cut_back(self._file, resumed_step if logged_step is None else logged_step)
         self._unwritten: list[str] = []
         # This very file, even if another job replaces it (see lease.py).
-        self._rows = file.open("ab", buffering=0)
+        self._rows = self._file.open("ab", buffering=0)
         self._run, self._last_step_sent = None, -1
         try:
             self._run, self._last_step_sent = _start_wandb(recipe, last_logged)
@@ -103,6 +103,16 @@ class Tracker:
         """Have W&B tell the user, by mail or as they have set there."""
         if self._run is not None:
             self._guarded(lambda run: run.alert(title=title, text=text, level="ERROR"))
+
+    def rewind(self, step: int) -> None:
+        """The run goes on from an earlier step: later rows are dropped from metrics.jsonl. W&B keeps those it has, and
+        takes new ones from the step after them."""
+        if self.is_main:
+            self._rows.close()
+            self._unwritten.clear()
+            self._last_step_sent = max(self._last_step_sent, _cut_back(self._file, step))
+            self._rows = self._file.open("ab", buffering=0)
+            self._started, self._first_step = time.monotonic(), step
 
     def finish(self, summary: dict[str, Any]) -> None:
         if self.is_main:

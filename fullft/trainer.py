@@ -7,6 +7,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +19,20 @@ from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, sum_over_ranks
 from fullft.data.batches import Batch
 from fullft.engine import offloads_optimizer, start
-from fullft.errors import BadInput, LeaseLost, Preempted, TrainingStopped
+from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
+from fullft.retention import divergence, rollback
+from fullft.retention.base import ReplayDivergence, replay_divergence
 from fullft.retention.pull import Pull, attach, averaged
-from fullft.retention.report import model_card, score, summary_lines, write_report
+from fullft.retention.report import evaluations, model_card, score, summary_lines, write_report
+from fullft.retention.rollback import step_of
 from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
+from fullft.shards import start_optimizer
 from fullft.state import leave_marker, remove_marker, set_state
 from fullft.tracking import Tracker
 
@@ -37,14 +43,30 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     Raises:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
         Preempted: a signal came, and the checkpoint of the last step is written.
+        RetentionStopped: the gate of retention wants it so; the checkpoints of this step and of before the loss are
+            written.
     """
     engine, step, tokens_seen, unevaluated, tracker, saver, pull = set_up(recipe, cluster, inputs)
+    gentler = know_rollbacks(recipe, pull)
     if inputs.suite.tasks and unevaluated is not None:
         if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
             leave_for_requeue(recipe, cluster, tracker, step)
-        tracker.log(step, unevaluated | evaluation, "before training" if step == 0 else "evaluated")
+        tracker.log(step, unevaluated | evaluation.metrics, "before training" if step == 0 else "evaluated")
+        match evaluation.gate["decision"]:  # after a resume
+            case "stop":
+                stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
+            case "rollback":
+                step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
+    elif decided := on_all(lambda: stop_decided(recipe, step)):  # and the run was killed before it had stopped
+        stop_at_gate(recipe, cluster, tracker, saver, step, decided)
+
+    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
 
     signals.enter("training")
+    if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
+        start_optimizer(engine)
+        saver.copy()
+        saver.write(checkpoint_state(recipe, cluster, inputs, 0, 0))  # what there is to go back to at first
     while step < inputs.total_steps:
         started = time.perf_counter()
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
@@ -53,24 +75,27 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, 0.0)
-        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # nats of task rows, of replay rows
+        weights = LabelWeights.of_step(
+            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight
+        )
+        sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            # 2. Token cross-entropy, summed over each row
+            # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
             nats = token_cross_entropy(logits, labels)
-            loss = weights.loss(nats, torch.zeros_like(nats), batch.replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum()]).detach()
+            kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
+            loss = weights.loss(nats, kl, batch.replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
         # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite),
         #    and with it the pull to the base weights and the moving average, if the recipe asks for them
         watchdog.mark("update")
-        rate = learning_rate(step, inputs.total_steps, recipe.train)
+        rate = learning_rate(step, inputs.total_steps, recipe.train) * gentler.learning_rate
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         engine.step()
@@ -91,7 +116,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
             "perf/tokens_per_second": tokens_of_step / seconds,
             "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
-        } | losses_by_kind(sums_of_step, task_labels, replay_labels)  # fmt: skip
+        } | losses_by_kind(sums_of_step, task_labels, replay_labels, kl_of_replay is not None)  # fmt: skip
         row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
@@ -100,7 +125,9 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
         abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
         stopping |= abandoned
-        to_save = stopping or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
+        verdict = evaluation.gate["decision"] if evaluation else "continue"
+        to_save = stopping or verdict == "stop" or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
+        to_save &= verdict != "rollback"
         if to_save:
             watchdog.mark("checkpoint")
             saver.copy()
@@ -108,12 +135,14 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         if pull is not None and is_logged:
             row["train/l2_distance"] = pull.distance()
         if is_logged and not abandoned:
-            tracker.log(step, row | (evaluation or {}) | saver.metrics(), show)
+            tracker.log(step, row | (evaluation.metrics if evaluation else {}) | saver.metrics(), show)
         if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
-            state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
-            state |= {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
-            state |= {"unevaluated": row if abandoned else None}
-            saver.write(state)
+            state = checkpoint_state(recipe, cluster, inputs, step, tokens_seen)
+            saver.write(state | {"rollbacks": gentler.rollbacks, "unevaluated": row if abandoned else None})
+        if evaluation and verdict == "stop":
+            stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
+        if evaluation and verdict == "rollback":
+            step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
         if stopping:
             saver.wait()
             require_progress(recipe, cluster, tracker, saver, step)
@@ -121,6 +150,11 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
     saver.wait()
     finish(recipe, cluster, inputs, engine, tracker)
+
+
+def checkpoint_state(recipe: Recipe, cluster: Cluster, inputs: Inputs, step: int, tokens_seen: int) -> dict[str, Any]:
+    state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
+    return state | {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
 
 
 def is_due(step: int, every: int | None, total: int) -> bool:
@@ -161,6 +195,9 @@ def set_up(
             f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
         )
     end_loading_if_asked(recipe, cluster, "loading of the checkpoint")
+    if cluster.is_main:
+        rollback.finish(recipe.run_folder)  # one that was killed
+    dist.barrier()
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
         model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
@@ -176,8 +213,14 @@ def set_up(
         )
     if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
         raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
+    if resumed and resumed.get("rollbacks", 0) > on_all(lambda: len(rollback.made(recipe.run_folder))):
+        raise BadInput(
+            f"run_dir: {resumed['path']} is of after a rollback that {recipe.run_folder}/retention/rollbacks.json does "
+            "not tell of; put it back, or use another run_dir"
+        )
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step, step - (unevaluated is not None))
-    saver = Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step)
+    keep_good = bool(inputs.suite.tasks) and recipe.retention.gate.action in ("stop", "rollback")
+    saver = Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step, keep_good)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
     if resumed:
@@ -197,21 +240,43 @@ def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
     return int(task_labels), int(replay_labels), int(all_tokens)
 
 
-def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int) -> dict[str, float]:
+def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_kl: bool) -> dict[str, float]:
     """Means over their own tokens, nats, of the kinds of rows that the step has; none if it has no replay rows."""
     if not replay_labels:
         return {}
     found = {"train/loss_replay": sums[1] / replay_labels}
+    found |= {"train/loss_kl": sums[2] / replay_labels} if has_kl else {}
     return found | ({"train/loss_task": sums[0] / task_labels} if task_labels else {})
 
 
-def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[str, Any] | None:
-    """Run the retention suite; its numbers as metrics, or None if a signal came to a rank."""
+def know_base(
+    recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, step: int, tracker: Tracker
+) -> ReplayDivergence:
+    """What the divergence from the base model on replay rows is taken from."""
+    try:
+        kl_of_replay, line = replay_divergence(recipe, inputs.batches, engine, step, inputs.total_steps)
+    except Preempted:
+        leave_for_requeue(recipe, cluster, tracker, step)
+    tracker.say(line)
+    return kl_of_replay
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation has for the loop."""
+
+    metrics: dict[str, Any]
+    gate: dict[str, Any]  # `decision` and why, the same on all ranks
+
+
+def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measured | None:
+    """Run the retention suite; its numbers and what the gate decides, or None if a signal came to a rank."""
     started = time.perf_counter()
     watchdog.mark("evaluation", step)
     try:
         with averaged(engine) as weights:
-            report = inputs.suite.evaluate(engine, step, weights)
+            distance = inputs.divergence.measure(engine, step, tracker.say)
+            report = inputs.suite.evaluate(engine, step, weights, distance)
     except Preempted:
         tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
         return None
@@ -219,7 +284,102 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> dict[s
     for line in summary_lines(report):
         tracker.say(line)
     metrics = {"train/global_step": step, "time/evaluation_seconds": time.perf_counter() - started}
-    return metrics | flat_metrics(report) | {"checkpoint/score": score(report)}
+    metrics |= flat_metrics(report) | divergence.metrics(distance) | {"checkpoint/score": score(report)}
+    gate = report["gate"]
+    for reason in gate["reasons"]:
+        tracker.say(f"RETENTION {gate['decision'].upper()} at step {step}: {reason}")
+    if gate["decision"] != "continue":
+        for task, times in gate["breaches_in_row"].items():
+            if times:  # the title is always the same, so that W&B can limit how often it tells
+                tracker.alert(f"retention of {task}", f"step {step}, {gate['decision']}: {'; '.join(gate['reasons'])}")
+    return Measured(metrics, gate)
+
+
+def know_rollbacks(recipe: Recipe, pull: Pull | None) -> rollback.Gentler:
+    """How much gentler the run has to train since its rollbacks; the pull is set so. All ranks together."""
+    gentler: rollback.Gentler = on_all(lambda: rollback.gentler(recipe.run_folder))
+    if pull is not None:
+        pull.strength = recipe.train.l2_pull * gentler.pull
+    return gentler
+
+
+def go_back(
+    recipe: Recipe,
+    cluster: Cluster,
+    engine: Any,
+    tracker: Tracker,
+    saver: Saver,
+    pull: Pull | None,
+    step: int,
+    evaluation: Measured,
+) -> tuple[int, int, rollback.Gentler]:
+    """Load the checkpoint of before the loss, and put aside what came after it. All ranks together.
+
+    Returns:
+        step and tokens seen to go on from, and how much gentler
+
+    Raises:
+        RetentionStopped: there is no checkpoint of before the loss.
+    """
+    saver.wait()
+    watchdog.mark("rollback", step)
+    folder, gate = recipe.run_folder, recipe.retention.gate
+    if not on_all(lambda: rollback.begin(folder, step, gate, evaluation.gate["reasons"])):
+        reasons = [*evaluation.gate["reasons"], "there is no checkpoint of before it to go back to"]
+        stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate | {"reasons": reasons})
+    on_all(lambda: rollback.finish(folder))
+    state = checkpoint.load_newest(engine, folder / "checkpoints")
+    assert state is not None
+    tracker.rewind(state["step"])
+    saver.rewind(state["step"])
+    gentler = know_rollbacks(recipe, pull)
+    tracker.say(
+        f"rolled back to step {state['step']} (rollback {gentler.rollbacks} of at most {gate.max_rollbacks}); the "
+        f"learning rate is now {gentler.learning_rate:g}, pull and divergence {gentler.pull:g} times the recipe's"
+    )
+    return state["step"], state["tokens_seen"], gentler
+
+
+def stop_decided(recipe: Recipe, step: int) -> dict[str, Any] | None:
+    """What the gate said at this step if it was to stop, and the recipe's gate is still the same."""
+    for one in evaluations(recipe.run_folder, step):
+        gate: dict[str, Any] = one.get("gate", {})
+        if (
+            one["step"] == step
+            and gate["decision"] == "stop"
+            and gate["settings"] == recipe.retention.gate.model_dump()
+        ):
+            return gate
+    return None
+
+
+def stop_at_gate(
+    recipe: Recipe, cluster: Cluster, tracker: Tracker, saver: Saver, step: int, gate: dict[str, Any]
+) -> NoReturn:
+    """The end that the gate wants, once the checkpoint of this step is on disk. All ranks together."""
+    saver.wait()
+    good = on_all(lambda: rollback.target(recipe.run_folder, step))
+    keep = f"fullft export {recipe.run_dir} --step {step_of(good)} --out FOLDER" if good else "there is no checkpoint"
+    reason = (
+        f"step {step}: {'; '.join(gate['reasons'])}. The model of before the loss: {keep}. To train on all the same, "
+        "raise retention.gate.max_drop or set retention.gate.action=alert, and start again. Else train into another "
+        "run_dir, with a lower train.learning_rate, data.replay, train.kl_weight or train.l2_pull"
+    )
+    if cluster.is_main:
+        write_report(recipe.run_folder)
+        set_state(recipe.run_folder, "stopped", reason=reason, step=step, gate=gate["settings"])
+        print(f"fullft: training stopped by retention.gate at {reason}", file=sys.stderr, flush=True)
+    signals.enter("over")
+    tracker.finish({})
+    dist.barrier()  # the first rank to end takes the others with it
+    raise RetentionStopped(reason)
+
+
+def on_all(action: Callable[[], Any]) -> Any:
+    """The result of an action of rank 0, on all ranks. All ranks together."""
+    result = [action() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, src=0)
+    return result[0]
 
 
 def memory_metrics() -> dict[str, float]:

@@ -14,7 +14,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from fullft import cluster, signals
-from fullft.errors import EXIT_DONE, EXIT_FAILED, EXIT_REQUEUE, BadInput, LeaseLost, Preempted, TrainingStopped
+from fullft.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_GATE,
+    EXIT_REQUEUE,
+    BadInput,
+    LeaseLost,
+    Preempted,
+    RetentionStopped,
+    TrainingStopped,
+)
 from fullft.recipe import Recipe, load_recipe
 from fullft.state import leave_failure, remove_marker
 
@@ -36,7 +46,7 @@ def main() -> int:
 
         transformers.utils.logging.disable_progress_bar()
         from fullft.export import push_to_hub
-        from fullft.preflight import finished, preflight
+        from fullft.preflight import finished, preflight, stopped_by_gate
         from fullft.retention.report import table
         from fullft.tokenizer import files
         from fullft.trainer import train
@@ -46,6 +56,10 @@ def main() -> int:
                 remove_marker(recipe.run_folder)
                 print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
             return EXIT_DONE
+        if why := stopped_by_gate(recipe):
+            if me.is_main:
+                print(f"fullft: this run was stopped by retention.gate at {why}", file=sys.stderr, flush=True)
+            return EXIT_GATE
         inputs = preflight(recipe, me.world_size)
         files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
@@ -63,6 +77,10 @@ def main() -> int:
         with contextlib.suppress(RuntimeError):  # a rank whose grace period was over has gone
             cluster.leave()  # the first rank to exit takes the others with it, so all must be ready
         return EXIT_REQUEUE
+    except RetentionStopped:
+        with contextlib.suppress(RuntimeError):
+            cluster.leave()
+        return EXIT_GATE
     except TrainingStopped as error:  # on all ranks; said already, and in state.json
         tell_others(me, recipe, error)
     except BaseException as error:

@@ -24,12 +24,13 @@ from fullft.data.sequences import open_sequences
 from fullft.data.training import build_batches
 from fullft.errors import BadInput
 from fullft.export import export_checkpoint
-from fullft.loss import IGNORE, LabelWeights
+from fullft.loss import IGNORE, LabelWeights, kl_divergence
 from fullft.optim import layer_depths, parameter_groups
 from fullft.recipe import parse_recipe
 
 STEPS = 6
-REMEDIES = {"layerwise_lr_decay": 0.7, "l2_pull": 20.0, "ema_decay": 0.6}
+REMEDIES = {"layerwise_lr_decay": 0.7, "l2_pull": 20.0, "ema_decay": 0.6, "kl_weight": 0.5}
+TOP_K = 20
 
 
 @pytest.fixture
@@ -40,6 +41,8 @@ def remedied(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     recipe["data"] |= {"replay": [replay], "replay_weight": 0.3}
     # eps 1e-5: with 1e-8, AdamW's first steps are the sign of gradients that are round-off around zero.
     recipe["train"] |= REMEDIES | {"steps": STEPS, "global_batch_size": 12, "eps": 1e-5, "weight_decay": 0.1}
+    task = {"name": "prose", "kind": "text", "data": str(write_jsonl(tmp_path / "prose.jsonl", [{"text": TEXTS[0]}]))}
+    recipe["retention"] = {"kl_top_k": TOP_K, "every_steps": STEPS // 2, "tasks": [task]}
     recipe["checkpoint"] = {"every_steps": STEPS // 2}
     # Threshold 0: every parameter is really partitioned; the default keeps those of a tiny model whole.
     config = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -70,8 +73,9 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         decays = tensor.ndim == 2 and "embed" not in name
         groups.append({"params": [tensor], "weight_decay": train.weight_decay if decays else 0.0})
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(train.beta1, train.beta2), eps=train.eps)
-    found: dict[str, Any] = {"loss": [], "task": [], "replay": [], "distance": []}
+    found: dict[str, Any] = {"loss": [], "task": [], "replay": [], "distance": [], "kl": []}
     for step in range(STEPS):
+        kl: list[torch.Tensor] = []
         nats: dict[bool, list[torch.Tensor]] = {False: [], True: []}  # of each label: of task rows, of replay rows
         for of_set, sequence in order.sequences_of_step(step):
             one = order.sets[of_set]
@@ -80,11 +84,13 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
                 ids = torch.from_numpy(tokens).long()[None]
                 labels = torch.where(torch.from_numpy(trained), ids, IGNORE)[0, 1:]
                 logits = model(ids).logits[0, :-1][labels != IGNORE]
+                if of_set == 1:
+                    kl.append(top_k_divergence(base(ids).logits[0, :-1][labels != IGNORE].detach(), logits))
                 nats[of_set == 1].append(F.cross_entropy(logits, labels[labels != IGNORE], reduction="none"))
         task, replay = (torch.cat(nats[kind]) if nats[kind] else torch.zeros(0) for kind in (False, True))
         weight = order.replay_label_weight
         loss = (task.sum() + weight * replay.sum()) / (len(task) + weight * len(replay))
-        loss.backward()
+        (loss + train.kl_weight * torch.cat(kl).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         rate = train.learning_rate * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
@@ -100,8 +106,69 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         found["loss"].append(loss.item())
         found["task"].append(task.mean().item())
         found["replay"].append(replay.mean().item())
+        found["kl"].append(torch.cat(kl).mean().item())
         found["distance"].append(math.sqrt(moved / size))
     return found | {"weights": average}
+
+
+def top_k_divergence(base: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(base || model) at each position, the tokens outside of the base's likeliest taken as one."""
+    best = base.log_softmax(-1).topk(TOP_K)
+    rest = 1 - best.values.exp().sum(-1, keepdim=True)
+    p = best.values.half().float().exp()  # as they are stored
+    p = p * (1 - rest) / p.sum(-1, keepdim=True)
+    q = logits.softmax(-1).gather(-1, best.indices)
+    p, q = (torch.cat([one, 1 - one.sum(-1, keepdim=True)], -1) for one in (p, q))
+    return (p * (p / q).log()).sum(-1)
+
+
+@torch.no_grad()
+def reference_divergence(recipe: dict[str, Any], cache: Path, tuned: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """From whole models, document by document: of all sequences that the run has seen."""
+    order = batches_of(recipe, cache)
+    base = AutoModelForCausalLM.from_pretrained(recipe["model"]["path"], dtype=torch.float32)
+    model = copy.deepcopy(base)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tuned[name])
+    kl: tuple[list[torch.Tensor], ...] = ([], [])
+    for of_set, sequence in {one for step in range(STEPS) for one in order.sequences_of_step(step)}:
+        one = order.sets[of_set]
+        for start, _, length in one.slices[one.starts[sequence] : one.starts[sequence + 1]].tolist():
+            ids = torch.from_numpy(one.tokens.read(start, length)[0]).long()[None]
+            kl[of_set].append(top_k_divergence(base(ids).logits[0, :-1], model(ids).logits[0, :-1]))
+    pairs = {name: (there, tuned[name]) for name, there in base.named_parameters()}
+
+    def drift(names: list[str]) -> float:
+        moved, size = (sum(float(one.double().square().sum()) for one in column) for column in zip(
+            *((pairs[name][1] - pairs[name][0], pairs[name][0]) for name in names), strict=True
+        ))  # fmt: skip
+        return math.sqrt(moved / size)
+
+    changed = sum(int((one.bfloat16() != other.bfloat16()).sum()) for one, other in pairs.values())
+    return {
+        "kl_new_task": float(torch.cat(kl[0]).mean()), "kl_general": float(torch.cat(kl[1]).mean()),
+        "tokens": {"new_task": len(torch.cat(kl[0])), "general": len(torch.cat(kl[1]))}, "top_k": TOP_K,
+        "drift": {
+            "all": drift(list(pairs)), "embed": drift(["model.embed_tokens.weight"]),
+            "layers": {str(at): drift([name for name in pairs if f"layers.{at}." in name]) for at in range(2)},
+        },
+        "changed_bf16": changed / sum(there.numel() for there, _ in pairs.values()),
+    }  # fmt: skip
+
+
+def trained(recipe: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in metrics(recipe) if "train/loss" in row]
+
+
+def evaluation(folder: Path, step: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "retention" / f"step-{step:08d}.json").read_text())
+    return found
+
+
+def flat(value: Any, name: str = "") -> dict[str, float]:
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items() for key, leaf in flat(inner, f"{name}.{part}").items()}
 
 
 @pytest.mark.ranks
@@ -111,8 +178,11 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
     launch(remedied)
     whole = Path(remedied["run_dir"])
     expected = reference_run(remedied, tmp_path / "cache")
-    rows = metrics(remedied)
-    for key, name in (("loss", "loss"), ("task", "loss_task"), ("replay", "loss_replay"), ("distance", "l2_distance")):
+    rows = trained(remedied)
+    for key, name in (
+        ("loss", "loss"), ("task", "loss_task"), ("replay", "loss_replay"), ("kl", "loss_kl"),
+        ("distance", "l2_distance"),
+    ):  # fmt: skip
         assert [row[f"train/{name}"] for row in rows] == pytest.approx(expected[key], abs=1e-5), name
     tuned = load_file(whole / "export" / "model.safetensors")
     for name, tensor in expected["weights"].items():
@@ -120,6 +190,26 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
             torch.testing.assert_close(
                 tuned[name], tensor, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
             )
+
+    assert rows[0]["train/loss_kl"] < 1e-6 < 1e-3 < rows[-1]["train/loss_kl"]  # it begins as the base model
+
+    # What is evaluated is the average, and how far it has gone is what whole models say.
+    start, end = (evaluation(whole, step) for step in (0, STEPS))
+    assert end["weights"] == "ema"
+    assert start["divergence"]["drift"]["all"] == start["divergence"]["changed_bf16"] == 0
+    assert max(start["divergence"][name] for name in ("kl_new_task", "kl_general")) < 1e-6
+    measured = flat(end["divergence"])
+    mass = measured.pop(".kl_tail_mass")
+    assert 0 < mass < 1
+    state = {
+        name: tuned.get(name, tuned["model.embed_tokens.weight"]) for name in [*expected["weights"], "lm_head.weight"]
+    }
+    assert measured == pytest.approx(
+        flat(reference_divergence(remedied, tmp_path / "cache", state)), rel=1e-3, abs=1e-6
+    )
+    last = metrics(remedied)[-1]
+    assert last["divergence/kl_general"] == measured[".kl_general"]
+    assert last["divergence/drift"] == measured[".drift.all"]
 
     # The command for a checkpoint gives what the run gave: the average.
     export_checkpoint(whole, tmp_path / "again")
@@ -134,8 +224,10 @@ def test_remedies_equal_plain_pytorch_and_resume_bit_for_bit(
         resumed = load_file(Path(part["run_dir"]) / "export" / "model.safetensors")
         if ranks == 2:
             assert losses(part) == losses(remedied)
-            assert [row["train/l2_distance"] for row in metrics(part)] == [row["train/l2_distance"] for row in rows]
+            assert [row["train/l2_distance"] for row in trained(part)] == [row["train/l2_distance"] for row in rows]
             assert all(torch.equal(resumed[name], tuned[name]) for name in tuned)
+        resumed_divergence = flat(evaluation(Path(part["run_dir"]), STEPS)["divergence"])
+        assert resumed_divergence == pytest.approx(flat(end["divergence"]), rel=1e-3, abs=1e-6)
         assert losses(part) == pytest.approx(expected["loss"], abs=1e-5)
         for name in tuned:
             torch.testing.assert_close(resumed[name], tuned[name], atol=2e-6, rtol=1e-5)
@@ -199,5 +291,23 @@ def test_learning_rate_falls_from_head_to_embedding(tiny_model: Path, recipe: di
         name: 0.5**depth for name, depth in depths.items()
     }
     model.model.layers = torch.nn.Sequential(*model.model.layers)
-    with pytest.raises(BadInput, match="no list of its 2 layers"):
+    with pytest.raises(BadInput, match="no list of its layers"):
         layer_depths(model)
+
+
+def test_divergence_of_known_tokens_is_a_bound_and_exact_when_all_are_known() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(50, 40) * 2, torch.randn(50, 40) * 2
+    whole = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    before = torch.zeros(50)
+    for k in (1, 8, 39):  # 39: of one token that is left over all is known
+        best = p.log_softmax(-1).topk(k)
+        found = kl_divergence(q, best.indices, best.values, 1 - best.values.exp().sum(-1))
+        assert (found >= before - 1e-5).all()
+        assert (found <= whole + 1e-5).all()
+        before = found
+    torch.testing.assert_close(before, whole, atol=1e-4, rtol=1e-4)
+    for k in (20, 40):  # of itself there is none, though it was rounded
+        best = p.log_softmax(-1).topk(k)
+        rest = (1 - best.values.exp().sum(-1)).clamp(min=0)
+        assert kl_divergence(p, best.indices, best.values.half().float(), rest).abs().max() < 1e-5

@@ -93,7 +93,7 @@ class Batches:
         sequences = self.sequences_of_step(step)
         for micro_step in range(self.geometry.accumulation):
             first = (micro_step * self.geometry.world_size + rank) * size
-            yield self._collate(sequences[first : first + size])
+            yield self.collate(sequences[first : first + size])
 
     def sequences_of_step(self, step: int) -> list[tuple[int, int]]:
         """(set, sequence of it) of the global batch of a step, from endless streams of shuffled epochs."""
@@ -154,7 +154,30 @@ class Batches:
             found |= {f"data/{one.tokens.name}/tokens_of_step": count, f"data/{one.tokens.name}/epochs": epochs}
         return found
 
-    def _collate(self, chosen: Sequence[tuple[int, int]]) -> Batch:
+    def replay_sequences(self, total_steps: int) -> list[tuple[int, int]]:
+        """(set, sequence) of all that a run of so many steps sees of the replay sets, each once."""
+        seen = self.mixture.seen(total_steps * self.geometry.global_batch_size)
+        found: list[tuple[int, int]] = []
+        for of_set in range(self.first_replay, len(self.sets)):
+            count = len(self.sets[of_set])
+            first = self._order(of_set, 0)[: round(seen[of_set] * count)]
+            found += [(of_set, sequence) for sequence in sorted(first.tolist())]
+        return found
+
+    def replay_labels(self, total_steps: int) -> int:
+        """About how many labels `replay_sequences` have."""
+        seen = self.mixture.seen(total_steps * self.geometry.global_batch_size)
+        sets = zip(self.sets[self.first_replay :], seen[self.first_replay :], strict=True)
+        return int(sum(min(epochs, 1.0) * one.summary["trained_tokens"] for one, epochs in sets))
+
+    def labels_of(self, of_set: int, sequence: int) -> int:
+        """Positions of a sequence that have a label."""
+        one = self.sets[of_set]
+        slices = one.slices[one.starts[sequence] : one.starts[sequence + 1]].tolist()
+        return sum(int(one.tokens.read(start, length)[1][1:].sum()) for start, _, length in slices)
+
+    def collate(self, chosen: Sequence[tuple[int, int]]) -> Batch:
+        """(set, sequence) of each row → a batch."""
         rows = [(self.sets[of_set], sequence) for of_set, sequence in chosen]
         lengths = [int(one.lengths[sequence]) for one, sequence in rows]
         width = self.width or max(lengths)

@@ -5,6 +5,8 @@ sharegpt            {"conversations": [{"from": "human" | "gpt" | ..., "value": 
 prompt_completion   {"prompt": ..., "completion": ...}: two message lists, or two strings used as they are (no template)
 alpaca              {"instruction": ..., "input": ... (optional), "output": ..., "system": ... (optional)}
 text                {"text": ...}
+multiple_choice     {"question" | "context" | "ctx" | "messages": ..., "choices" | "endings": [...],
+                    "answer" | "answerKey" | "label": ...}
 tokens              {"input_ids": [...], "labels": [...] (optional, -100 where there is no loss)}, and 0/1 masks if any
 
 Chats may come with `tools` (a list of JSON schemas, or its JSON text). A message is trained or not by its `weight`,
@@ -43,6 +45,22 @@ class Pretokenized:
     trained: list[bool]
 
 
+@dataclass(frozen=True)
+class Choices:
+    """A question to be answered by one of its choices: as text that each choice goes on, or as a chat."""
+
+    context: str | list[dict[str, Any]]
+    choices: list[str]
+    gold: int  # the right one
+
+    @property
+    def solved(self) -> Conversation | Text:
+        """With the right answer, as what could be trained on."""
+        if isinstance(self.context, str):
+            return Text(f" {self.choices[self.gold]}", self.context)
+        return Conversation([*self.context, {"role": "assistant", "content": self.choices[self.gold]}])
+
+
 class BadRow(ValueError):
     """This row cannot be trained on; the text says why."""
 
@@ -63,12 +81,16 @@ _ROLE_OF = {
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # roles
 _OPTIONAL = ("tools", "input", "system", "labels")
+_CONTEXTS, _CHOICES = ("context", "ctx", "query", "question", "messages"), ("choices", "endings")
+_ANSWERS = ("answer", "answerKey", "label", "gold")
 _FLAGS = ("weight", "loss_weight", "train", "training", "trainable")
 _IGNORED = -100
 
 
 def used_fields(source: Source) -> set[str]:
     """Columns that `parse_row` may look at."""
+    if source.format == "multiple_choice":
+        return {*_CONTEXTS, *_CHOICES, *_ANSWERS, *source.fields.values()}
     kinds = _FIELDS if source.format == "auto" else [source.format]
     return {
         *(name for kind in kinds for name in _FIELDS[kind]), *_OPTIONAL, "history", *_MASKS, *source.fields.values()
@@ -81,11 +103,9 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pr
     Raises:
         BadRow: fields missing or of the wrong kind, or roles out of order.
     """
-    mapped = {ours: value[theirs] for ours, theirs in source.fields.items() if theirs in value}
-    if absent := [theirs for ours, theirs in source.fields.items() if ours not in mapped and ours not in _OPTIONAL]:
-        raise BadRow(f"has no {_names(absent)}, which `fields` names (fields: {_names(value)})")
-    # A column that is mapped stands no longer under its own name.
-    value = {name: inner for name, inner in value.items() if name not in source.fields.values()} | mapped
+    value = _mapped(value, source)
+    if source.format == "multiple_choice":
+        return _choices(value).solved
     kind = source.format if source.format != "auto" else _detect(value)
     if absent := [name for name in _FIELDS[kind] if value.get(name) is None]:
         raise BadRow(f"has no {_names(absent)} (fields: {_names(value)}); name the columns in `fields`")
@@ -104,6 +124,25 @@ def parse_row(value: dict[str, Any], source: Source) -> Conversation | Text | Pr
             if not isinstance(value["text"], str) or not value["text"]:
                 raise BadRow("field 'text' is not a text or is empty")
             return Text(value["text"])
+
+
+def parse_choices(value: dict[str, Any], source: Source) -> Choices:
+    """One row of a multiple-choice set.
+
+    Raises:
+        BadRow: fields missing or of the wrong kind, or no choice is the answer.
+    """
+    return _choices(_mapped(value, source))
+
+
+def _mapped(value: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The row with its columns under our names, as `fields` maps them."""
+    mapped = {ours: value[theirs] for ours, theirs in source.fields.items() if theirs in value}
+    if absent := [theirs for ours, theirs in source.fields.items() if ours not in mapped and ours not in _OPTIONAL]:
+        raise BadRow(f"has no {_names(absent)}, which `fields` names (fields: {_names(value)})")
+    # A column that is mapped stands no longer under its own name; a passage may be both context and cluster.
+    renamed = {theirs for ours, theirs in source.fields.items() if ours != "cluster"}
+    return {name: inner for name, inner in value.items() if name not in renamed} | mapped
 
 
 def _detect(value: dict[str, Any]) -> str:
@@ -173,6 +212,52 @@ def _pretokenized(value: dict[str, Any]) -> Pretokenized:
     return Pretokenized(
         [token for token, keep in zip(ids, real, strict=True) if keep],
         [one for one, keep in zip(trained, real, strict=True) if keep],
+    )
+
+
+# Multiple choice
+
+
+def _choices(value: dict[str, Any]) -> Choices:
+    kinds = (("question or context", _CONTEXTS), ("choices", _CHOICES), ("answer", _ANSWERS))
+    found = [next((name for name in names if value.get(name) not in (None, "")), "") for _, names in kinds]
+    if absent := [f"{what} ({', '.join(names)})" for (what, names), name in zip(kinds, found, strict=True) if not name]:
+        raise BadRow(f"has no {', no '.join(absent)} (fields: {_names(value)}); name the columns in `fields`")
+    asked, given, answer = (value[name] for name in found)
+    labels = list[Any]()
+    if isinstance(given, dict):  # ARC: {"text": [...], "label": ["A", ...]}
+        labels, given = given.get("label") or [], given.get("text")
+    if not isinstance(given, list) or len(given) < 2 or not all(isinstance(one, str) and one for one in given):
+        raise BadRow(f"field '{found[1]}' is not a list of two texts or more")
+    if isinstance(asked, list):
+        context: Any = [_message(message, position) for position, message in enumerate(asked, start=1)]
+        if not context or context[-1]["role"] == "assistant":
+            raise BadRow("its messages are none, or end with an answer; the choices are the answers")
+    elif isinstance(asked, str):
+        context = asked
+        if question := value.get("question"):  # asked as lm-evaluation-harness asks those of ARC
+            before = "" if found[0] == "question" else f"{asked}\n"
+            context = f"{before}Question: {question}\nAnswer:"
+    else:
+        raise BadRow(f"field '{found[0]}' is neither text nor a list of messages")
+    return Choices(context, given, _gold(answer, given, labels))
+
+
+def _gold(answer: Any, choices: list[str], labels: list[Any]) -> int:
+    """Position of the right choice, given as its label, its text, its letter or its number from 0."""
+    for known in (labels, choices):
+        if answer in known:
+            return known.index(answer)
+    text = str(answer).strip() if isinstance(answer, str) else ""
+    if len(text) == 1 and text.isascii() and text.isalpha():
+        answer = ord(text.upper()) - ord("A")
+    elif text.isdecimal():  # HellaSwag writes its numbers as text
+        answer = int(text)
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        return int(answer)
+    raise BadRow(
+        f"its answer {reprlib.repr(answer)} is none of its {len(choices)} choices (their label, text, letter or number "
+        "from 0)"
     )
 
 

@@ -19,10 +19,9 @@ from fullft.errors import Preempted
 from fullft.recipe import Train
 from fullft.shards import (
     AVERAGE,
-    allocate_optimizer_states,
     has_average,
     refresh_model_from_optimizer,
-    set_optimizer_step,
+    start_optimizer,
 )
 
 _BLOCK = 1 << 24  # elements at a time, so that fp32 copies of the base stay small
@@ -92,8 +91,7 @@ def attach(engine: Any, train: Train) -> Pull | None:
 
 def _start_average(engine: Any) -> None:
     """The average, in the optimizer's state beside the moments, so that checkpoints treat it as they treat those."""
-    allocate_optimizer_states(engine)
-    set_optimizer_step(engine, 0)  # AdamW makes a state only where there is none
+    start_optimizer(engine)
     for flat in engine.optimizer.fp32_partitioned_groups_flat:
         engine.optimizer.optimizer.state[flat][AVERAGE] = flat.detach().clone()
 

@@ -14,11 +14,11 @@ import yaml
 
 from fullft import __version__, lease
 from fullft.recipe import Recipe, fingerprint
-
-Evaluation = dict[str, Any]  # content of a retention/step-….json
+from fullft.retention import stats
+from fullft.retention.evaluation import Evaluation
 
 _COLUMNS = ("measures", "task", "number", "before", "after")
-_PERCENT = ("exact_match", "token_accuracy")
+_PERCENT = ("exact_match", "acc", "acc_norm", "token_accuracy")
 
 
 def evaluations(run_folder: Path, until: int | None = None) -> list[Evaluation]:
@@ -35,7 +35,9 @@ def metrics(run_folder: Path, until: int | None = None) -> list[dict[str, Any]]:
     return [row for row in rows if until is None or row["step"] <= until]
 
 
-def _shown(number: str, value: float) -> str:
+def _shown(number: str, value: float | None) -> str:
+    if value is None:
+        return "unknown"
     return f"{value:.1%}" if number in _PERCENT else f"{value:.4g}"
 
 
@@ -45,11 +47,23 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     for name, task in evaluation["tasks"].items():
         numbers = {task["metric"]: task["score"]} | task["extra"]
         shown = ", ".join(f"{key} {_shown(key, value)}" for key, value in numbers.items() if key != "tokens")
-        drop = task["drop"]
-        amount = f"{abs(drop) * 100:.1f} points" if task["metric"] in _PERCENT else f"{abs(drop):.3g}"
-        change = f"; {amount} {'worse' if drop > 0 else 'better'} than base" if drop else ""
-        lines.append(f"  {task['measures']:<9} {name}: {shown}{change}")
+        lines.append(f"  {task['measures']:<9} {name}: {shown}{_change(task) if evaluation['step'] else ''}")
     return lines
+
+
+def _change(task: dict[str, Any]) -> str:
+    """The drop with its interval, and whether it is more than chance: p over the retention tasks (Holm), or q."""
+    drop, metric = task["drop"], task["metric"]
+    if not drop:
+        return "; as the base" if drop == 0 else ""
+    text = f"; {stats.amount(metric, abs(drop))} {'worse' if drop > 0 else 'better'} than base"
+    if task["drop_ci"] is None:
+        return f"{text} (too few items for an interval)"
+    low, high = sorted(end if drop > 0 else -end for end in task["drop_ci"])
+    adjusted = task["q"] if task["p_holm"] is None else task["p_holm"]
+    real = "real" if adjusted < 1 - task["level"] else "may be chance"
+    unit = 100 if metric in _PERCENT else 1
+    return f"{text} ({task['level']:.0%} CI {low * unit:.3g} to {high * unit:.3g}), {real}"
 
 
 def score(evaluation: Evaluation) -> float | None:
@@ -65,6 +79,8 @@ def score(evaluation: Evaluation) -> float | None:
     gains: dict[str, list[float]] = {"skill": [], "retention": []}
     for task in evaluation["tasks"].values():
         now, base = task["score"], task["base"]
+        if now is None or base is None:
+            return None
         gain = now - base if task["higher_is_better"] else (base - now) / base if base else 0.0
         gains[task["measures"]].append(gain)
     skill, losses = gains["skill"], [max(0.0, -gain) for gain in gains["retention"]]

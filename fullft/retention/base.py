@@ -1,0 +1,222 @@
+"""What the base model predicts: its k likeliest tokens at each position of some rows, computed before the first step.
+
+The model that is trained is the base model then, so no second one is needed, and a run that is resumed still has them:
+
+    base/<name>/predictions.safetensors   tokens [positions, k] int32, logprobs [positions, k] fp16 (ln p),
+                                          rest [positions] fp32 (the mass of all others), offsets [rows + 1]
+    base/<name>/index.json                of which rows
+
+6·k + 4 bytes a position. Rows are computed in the same batches for any number of ranks, and written by all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from fullft import lease, signals, watchdog
+from fullft.cluster import is_shared
+from fullft.data.batches import Batch, Batches
+from fullft.errors import BadInput, Preempted
+from fullft.loss import IGNORE, kl_divergence, labelled_logits
+from fullft.recipe import Recipe
+from fullft.retention.run import batched
+from fullft.weights import NewFile, Part, create, new_file, stored_tensors, write_parts
+
+FILE = "predictions.safetensors"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of tokens on which two models are compared, at the positions that have a label."""
+
+    lengths: Sequence[int]
+    count: Callable[[int], int]  # labels of a row
+    batch: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]  # ids, position ids, labels as in a `Batch`
+    key: str  # tells them from others
+
+
+class Predictions:
+    """Of the base model, memory-mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        stored = stored_tensors(folder)
+
+        def mapped(name: str, dtype: Any) -> Any:
+            one = stored[name]
+            return numpy.memmap(one.file, dtype, "r", one.offset, one.shape)
+
+        self.tokens, self.logprobs = mapped("tokens", numpy.int32), mapped("logprobs", numpy.float16)
+        self.rest = mapped("rest", numpy.float32)
+        self.offsets: NDArray[numpy.int64] = numpy.array(mapped("offsets", numpy.int64))
+        self.top_k = self.tokens.shape[1]
+
+    @property
+    def bytes(self) -> int:
+        return int(self.tokens.nbytes + self.logprobs.nbytes + self.rest.nbytes)
+
+    def of(self, row: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens [labels, k] int64, their ln p [labels, k] fp32, the rest [labels] fp32) at the labels of a row."""
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        columns = (self.tokens, self.logprobs, self.rest)
+        tokens, logprobs, rest = (torch.from_numpy(numpy.array(one[part])).to(device) for one in columns)
+        return tokens.long(), logprobs.float(), rest
+
+
+class ReplayDivergence:
+    """KL(base || model) on the rows of the replay sets, from the base model's stored predictions."""
+
+    def __init__(self, predictions: Predictions, row_of: dict[tuple[int, int], int]) -> None:
+        self._predictions = predictions
+        self._row_of = row_of  # (set, sequence) -> row of the predictions
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Nats of each row, summed over its labels, [batch]; 0 for rows of the task.
+
+        `logits` [batch, kept, vocabulary], `labels` [batch, kept], as `labelled_logits` gives them.
+        """
+        nats = []
+        for row, sequence in enumerate(batch.sequences):
+            if sequence in self._row_of:
+                known = self._predictions.of(self._row_of[sequence], logits.device)
+                nats.append(kl_divergence(logits[row][labels[row] != IGNORE], *known).sum())
+            else:
+                nats.append(logits.new_zeros((), dtype=torch.float32))
+        return torch.stack(nats)
+
+
+def replay_divergence(
+    recipe: Recipe, batches: Batches, engine: Any, step: int, total_steps: int
+) -> tuple[ReplayDivergence, str]:
+    """What train.kl_weight needs, and a line on it. All ranks together.
+
+    Raises:
+        BadInput: the predictions are missing and the model is no longer the base, or not all ranks see the run folder.
+        Preempted: a signal came to a rank.
+    """
+    sequences = batches.replay_sequences(total_steps)
+    rows = _rows_of(batches, sequences)
+    started, folder = time.perf_counter(), recipe.run_folder / "base" / "replay"
+    predictions = predict(engine, rows, recipe.retention.kl_top_k, folder, recipe.train.micro_batch_size, step)
+    line = f"the base model's predictions on {len(sequences):,} replay sequences: {predictions.bytes / 1e9:.3g} GB in "
+    line += f"{folder} ({time.perf_counter() - started:.1f} s)"
+    return ReplayDivergence(predictions, {sequence: row for row, sequence in enumerate(sequences)}), line
+
+
+def _rows_of(batches: Batches, sequences: list[tuple[int, int]]) -> Rows:
+    def batch(chosen: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        one = batches.collate([sequences[row] for row in chosen])
+        return one.input_ids, one.position_ids, one.labels
+
+    lengths = [int(batches.sets[of_set].lengths[sequence]) for of_set, sequence in sequences]
+    key = hashlib.sha256(repr((batches.fingerprint, sequences)).encode()).hexdigest()
+    return Rows(lengths, lambda row: batches.labels_of(*sequences[row]), batch, key)
+
+
+def predict(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, step: int) -> Predictions:
+    """The predictions of the engine's model, computed if it is the base model (step 0), unless they are in the folder
+    already. All ranks together.
+
+    Raises:
+        BadInput: they are not there, and the model is no longer the base; or not all ranks see the run folder.
+        Preempted: a signal came to a rank.
+    """
+    top_k = min(top_k, engine.module.config.get_text_config().vocab_size)
+    index = {"rows": rows.key, "top_k": top_k}
+    if dist.get_rank() == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    if not is_shared(folder.parent):
+        raise BadInput(
+            f"run_dir: {folder} is not the same for all ranks, and each reads there what the base model predicts; put "
+            "run_dir on a file system that all nodes share"
+        )
+    there = [dist.get_rank() == 0 and _index(folder) == index]
+    dist.broadcast_object_list(there, src=0)
+    if not there[0] and step > 0:
+        raise BadInput(
+            f"run_dir: {folder}, what the base model predicts, is damaged or gone, and the model of the checkpoint is "
+            "no longer the base; use another run_dir"
+        )
+    if not there[0]:
+        _compute(engine, rows, top_k, folder, batch_size, index)
+    return Predictions(folder)
+
+
+def _index(folder: Path) -> Any:
+    try:
+        return json.loads((folder / "index.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _compute(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, index: dict[str, Any]) -> None:
+    named = [str(lease.partial(folder))]  # rank 0 holds the lease that is in the name
+    dist.broadcast_object_list(named, src=0)
+    partial = Path(named[0])
+    offsets = numpy.concatenate([[0], numpy.cumsum([rows.count(row) for row in range(len(rows.lengths))])])
+    shape = (int(offsets[-1]), top_k)
+    tensors = {"tokens": torch.int32, "logprobs": torch.float16}
+    file = new_file(
+        partial / FILE,
+        {name: torch.empty(shape, dtype=dtype, device="meta") for name, dtype in tensors.items()}
+        | {"rest": torch.empty(shape[:1], device="meta")}
+        | {"offsets": torch.empty(len(offsets), dtype=torch.int64, device="meta")},
+    )
+    failure = [""]
+    if dist.get_rank() == 0:
+        lease.check()
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # of other rows
+        try:
+            partial.mkdir()
+            create(file)
+            write_parts([Part(file.stored["offsets"], 0, torch.from_numpy(offsets))])
+            (partial / "index.json").write_text(json.dumps(index))
+        except OSError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise BadInput(f"run_dir: no room for what the base model predicts: {failure[0]}")
+    engine.eval()
+    write_parts(_parts(engine, rows, top_k, file, offsets, batch_size))
+    engine.train()
+    dist.barrier()  # every rank's part is on disk
+    if dist.get_rank() == 0:
+        lease.commit(folder)
+    dist.barrier()
+
+
+@torch.no_grad()
+def _parts(
+    engine: Any, rows: Rows, top_k: int, file: NewFile, offsets: NDArray[numpy.int64], batch_size: int
+) -> Iterator[Part]:
+    """This rank's predictions, batch after batch. Each forward is a collective, so all ranks do equally many."""
+    batches = batched(rows.lengths, batch_size)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for number in range(rank, len(batches) + (-len(batches)) % world, world):
+        if signals.agreed(engine.device):
+            raise Preempted
+        watchdog.mark("base model's predictions")
+        chosen = batches[min(number, len(batches) - 1)]
+        logits, labels = labelled_logits(engine, *(tensor.to(engine.device) for tensor in rows.batch(chosen)))
+        if number >= len(batches):  # another rank's batch, only to keep step
+            continue
+        for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
+            wanted = own_logits[own_labels != IGNORE].float()
+            best = wanted.topk(top_k)
+            logprobs = best.values - wanted.logsumexp(-1, keepdim=True)
+            rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row])
+            yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
+            yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
+            yield Part(file.stored["rest"], start, rest.cpu())

@@ -1,0 +1,118 @@
+"""What a run compares with: the items of step 0, and what the suite of its tasks was. Read and checked at a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fullft.errors import BadInput
+from fullft.loss import IGNORE
+from fullft.retention import stats
+from fullft.retention.stats import ItemRecord
+from fullft.retention.tasks import Prepared
+
+if TYPE_CHECKING:
+    from fullft.retention.suite import Suite
+
+FORMAT = "fullft-suite/1"
+
+
+def file_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def describe(suite: Suite) -> dict[str, Any]:
+    """Content of retention/suite.json. `tasks` is what must be the same at a resume; the rest may change."""
+    settings = suite.settings
+    return {
+        "format": FORMAT,
+        "tasks": {task.name: _task(task) for task in suite.tasks},
+        "looks_planned": suite.looks_planned,
+        "confidence": settings.confidence,
+        "limits": {
+            task.name: settings.gate.max_drop if task.max_drop is None else task.max_drop
+            for task in suite.tasks
+            if task.measures == "retention"
+        },
+        "versions": {name: version(name) for name in ("torch", "transformers", "scipy")},
+    }
+
+
+def _task(task: Prepared) -> dict[str, Any]:
+    hashes = "".join(item.key for item in task.items)
+    return {
+        "kind": task.kind, "measures": task.measures, "metric": task.metric, "higher_is_better": task.higher_is_better,
+        "n": len(task.items), "chance": task.chance, "items_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+    }  # fmt: skip
+
+
+def smallest_drops(suite: Suite) -> list[str]:
+    """One line a task: what it is able to show, before anything is measured."""
+    lines = []
+    for task in suite.tasks:
+        sizes: list[float] = [1] * len(task.items)
+        if task.kind == "text" and task.metric == "bits_per_byte":
+            sizes = [item.text_bytes or 1 for item in task.items]
+        elif task.kind == "text":
+            sizes = [sum(label != IGNORE for _, labels in item.windows for label in labels) for item in task.items]
+        clusters = len({item.number if item.cluster is None else item.cluster for item in task.items})
+        drop, assumed = stats.smallest_drop(task.metric, sizes, clusters, suite.settings.confidence)
+        together = f" in {clusters:,} clusters" if clusters < len(sizes) else ""
+        lines.append(
+            f"{task.measures} {task.name}: {len(sizes):,} items{together} show a drop of "
+            f"{stats.amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
+        )
+    return lines
+
+
+def problems(suite: Suite) -> list[str]:
+    """Why a run folder that has checkpoints cannot go on measuring: its tasks were others, or step 0 is lost."""
+    file = suite.folder / "suite.json"
+    found: list[str] = []
+    try:
+        stored = json.loads(file.read_text())["tasks"] if file.exists() else None
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{file} cannot be read ({error}); put it back, or use another run_dir"]
+    for name, task in describe(suite)["tasks"].items():
+        if stored is not None and stored.get(name) != task:
+            found.append(
+                f"task {name}: its items are not those that {file} says were measured before; put the data back, or "
+                "use another run_dir"
+            )
+    if found:
+        return found
+    try:
+        read(suite.folder, suite.tasks)
+    except BadInput as error:
+        return error.problems
+    return []
+
+
+def read(folder: Path, tasks: Sequence[Prepared]) -> dict[str, list[ItemRecord]]:
+    """The records of step 0 of every task.
+
+    Raises:
+        BadInput: a file of them is missing, damaged, or of other items.
+    """
+    found: dict[str, list[ItemRecord]] = {}
+    wrong: list[str] = []
+    for task in tasks:
+        file = folder / "items" / f"{file_name(0)}.{task.name}.jsonl"
+        try:
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+            if [record["hash"] for record in records] != [item.key for item in task.items]:
+                raise ValueError(f"it has {len(records)} items, the task {len(task.items)}, or other ones")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            wrong.append(
+                f"task {task.name}: {file}, what the base model could do, cannot be used ({error}); nothing can be "
+                "compared without it. Put it back, or train into another run_dir"
+            )
+        else:
+            found[task.name] = records
+    if wrong:
+        raise BadInput(wrong)
+    return found
