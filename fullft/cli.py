@@ -8,9 +8,13 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 from fullft.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from fullft.cluster import Cluster
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -51,6 +55,38 @@ def main() -> int:
     verb = verbs.add_parser("report", help="write report.html and report.json of a run, and print its table")
     verb.add_argument("run_dir", type=Path)
 
+    verb = verbs.add_parser(
+        "eval",
+        usage="fullft eval RECIPE.yaml --model MODEL [--base BASE] [--out FOLDER] [key.path=value ...]",
+        help="measure any model with the recipe's tasks; large ones: deepspeed --module fullft.cli eval ...",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--model", required=True, help="Hugging Face folder, hub name, or run folder (its export)")
+    verb.add_argument("--base", help="compared with: a folder with an evaluation (a run, an earlier FOLDER) or a model")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="new folder (default: <run_dir>-eval-<model>)")
+
+    verb = verbs.add_parser(
+        "blend",
+        usage="""fullft blend [BASE] TUNED OUT --alpha A [--layer-scale WHICH=SHARE ...]
+       fullft blend [BASE] TUNED --sweep [A,A,...] [--recipe RECIPE.yaml] [--out FOLDER] [key.path=value ...]""",
+        help="weights between base and tuned model; --sweep measures several and names the best",
+    )
+    verb.add_argument(
+        "models", nargs="+", metavar="MODEL",
+        help="Hugging Face folders or hub names; if TUNED is a run folder, its export, and BASE may be left out",
+    )  # fmt: skip
+    verb.add_argument("--alpha", type=float, metavar="A", help="0: the base, 1: the tuned model")
+    verb.add_argument(
+        "--layer-scale", action="append", default=[], metavar="WHICH=SHARE",
+        help="share of A for layers (0-7=0.3), rising with depth (0-=0.2..1), or tensors by name ('*embed*=0')",
+    )  # fmt: skip
+    verb.add_argument(
+        "--sweep", nargs="?", const="0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1", metavar="A,A,...",
+        help="measure these blends (default 0,0.1,...,1); large models: deepspeed --module fullft.cli blend ...",
+    )  # fmt: skip
+    verb.add_argument("--recipe", help="whose tasks are measured (default: that of the run folder)")
+    verb.add_argument("--out", type=Path, metavar="FOLDER", help="for blend.json (default: the run folder)")
+
     verb = verbs.add_parser("export", help="make a Hugging Face folder of a checkpoint, without GPU, in little memory")
     verb.add_argument("run_dir", type=Path)
     verb.add_argument("out", type=Path, metavar="OUT", help="new folder")
@@ -60,8 +96,11 @@ def main() -> int:
 
     # Overrides may stand anywhere, which argparse cannot do behind a verb.
     is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    overrides = [word for word in sys.argv[1:] if is_override(word)]
-    arguments = parser.parse_args([word for word in sys.argv[1:] if not is_override(word)])
+    words = list(zip(sys.argv[1:], sys.argv, strict=False))  # each with the one before it
+    overrides = [word for word, before in words if is_override(word) and before != "--layer-scale"]
+    rest = [word for word, before in words if not is_override(word) or before == "--layer-scale"]
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_args(rest)
     try:
         match arguments.verb:
             case "check":
@@ -70,12 +109,19 @@ def main() -> int:
                 prepare(arguments.recipe, overrides, arguments.workers)
             case "inspect":
                 inspect(arguments.recipe, overrides, arguments.rows, arguments.html)
+            case "eval":
+                evaluate(arguments.recipe, overrides, arguments.model, arguments.base, arguments.out)
+            case "blend" if arguments.sweep is None:
+                blend(arguments, overrides)
+            case "blend":
+                sweep(arguments, overrides)
             case "export":
                 return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
             case _:
                 report(arguments.run_dir)
     except BadInput as error:
-        consequence = {"export": "nothing was exported"}.get(arguments.verb, "training was not started")
+        done = {"export": "exported", "blend": "blended", "eval": "evaluated"}.get(arguments.verb)
+        consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
@@ -164,6 +210,57 @@ def report(run_dir: Path) -> None:
     write_report(run_dir)
     print(table(run_dir))
     print(f"\n{run_dir / 'report.html'}")
+
+
+def evaluate(path: str, overrides: list[str], name: str, base: str | None, out: Path | None) -> NoReturn:
+    """Measure a model, on as many ranks as this was started."""
+    from fullft.cluster import run_on_ranks
+
+    def measure(me: Cluster) -> None:
+        recipe = load_recipe(path, overrides)
+        from fullft.retention import evaluate
+
+        evaluate.evaluate(recipe, name, base, out or Path(f"{recipe.run_dir}-eval-{Path(name).absolute().name}"), me)
+
+    run_on_ranks(measure, "nothing was evaluated")
+
+
+def blend(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Write a blend to a folder, by this process alone."""
+    if arguments.alpha is None:
+        raise BadInput("give --alpha A for one blend, or --sweep to measure several")
+    if given := [word for word in ("recipe", "out") if getattr(arguments, word)] + overrides:
+        raise BadInput(f"{', '.join(given)}: of use with --sweep only")
+    if len(arguments.models) < 2:
+        raise BadInput("where to? fullft blend [BASE] TUNED OUT --alpha A")
+    *models, out = arguments.models
+    from fullft.retention.blend import blend_folders
+    from fullft.retention.evaluate import base_and_tuned, model_of
+
+    base, tuned, recipe = base_and_tuned(models)
+    of_recipe, scales = recipe.model if recipe else None, arguments.layer_scale
+    size = blend_folders(model_of(base), model_of(tuned), Path(out), arguments.alpha, scales, of_recipe)
+    print(f"{base} + {arguments.alpha:g} × ({tuned} − {base}): {size / 1e9:.2f} GB in {out}")
+
+
+def sweep(arguments: argparse.Namespace, overrides: list[str]) -> NoReturn:
+    """Measure blends, on as many ranks as this was started."""
+    from fullft.cluster import run_on_ranks
+
+    def measure(me: Cluster) -> None:
+        if arguments.alpha is not None:
+            raise BadInput("give --alpha A for one blend, or --sweep to measure several, not both")
+        from fullft.retention import sweep
+        from fullft.retention.evaluate import base_and_tuned
+
+        alphas = sweep.parse_alphas(arguments.sweep)
+        base, tuned, of_run = base_and_tuned(arguments.models)
+        if of_run is None and not (arguments.recipe and arguments.out):
+            raise BadInput(f"{tuned} is not a run folder: give --recipe and --out")
+        chosen = load_recipe(arguments.recipe or Path(tuned, "recipe.yaml"), overrides)
+        sweep.sweep(chosen, base, tuned, alphas, arguments.layer_scale, arguments.out or Path(tuned), me)
+
+    run_on_ranks(measure, "nothing was blended")
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, repository: str | None) -> int:

@@ -13,13 +13,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from fullft.errors import EXIT_BAD_INPUT, BadInput
+from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 
 _LOOKS = 10  # a node may learn of a new file only seconds later (attribute caches of network file systems)
 _TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -218,17 +219,33 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def exit_now(code: int) -> None:
+def exit_now(code: int) -> NoReturn:
     """End this process at once: ordinary exit would wait for threads and collectives that no other rank serves."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def exit_bad_input(error: BadInput, cluster: Cluster | None) -> None:
+def run_on_ranks(action: Callable[[Cluster], None], if_bad_input: str) -> NoReturn:
+    """Run an action that joins the process group, on this rank of those that a launcher started, and exit."""
+    me, code = None, EXIT_FAILED
+    try:
+        me = discover()
+        action(me)
+        leave()
+        code = EXIT_DONE
+    except BadInput as error:
+        exit_bad_input(error, me, if_bad_input)
+    except BaseException:
+        print(f"fullft: failed on {me}", file=sys.stderr)
+        traceback.print_exc()
+    exit_now(code)
+
+
+def exit_bad_input(error: BadInput, cluster: Cluster | None, consequence: str = "training was not started") -> NoReturn:
     """Report bad input once and end with code 2. The launcher ends the other ranks when the first one has reported."""
     if cluster is None or cluster.is_main:
-        print(error.report(), file=sys.stderr, end="", flush=True)
+        print(error.report(consequence), file=sys.stderr, end="", flush=True)
     else:
         time.sleep(5)  # rank 0 meets the same error, unless it is one of this node alone
         own = f"rank {cluster.rank} on {socket.gethostname()}: {error.problems[0]}"

@@ -99,8 +99,18 @@ def fill_config(
     }
 
 
-def start(model: Any, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks."""
+def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration file's content without what is of use in training only, or keeps shards from being read."""
+    training = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
+    zero = {key: value for key, value in config["zero_optimization"].items() if key not in training}
+    return config | {"zero_optimization": zero}
+
+
+def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
+    """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks.
+
+    Without an optimizer it is for evaluation: it holds the parameters alone.
+    """
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

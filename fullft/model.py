@@ -164,7 +164,7 @@ def load(
         make_empty_shards(model, deepspeed_config, dtype)
         count = _place_buffers(model, weights)
         count += _read_shards(recipe.model, model, weights, tokenizer) if read else 0
-        said = f"{count / 1e9:.2f} GB read by each rank" if read else "not read, a checkpoint has them"
+        said = f"{count / 1e9:.2f} GB read by each rank" if read else "not read yet"
     if dist.get_rank() == 0:
         print(f"weights: {said} ({time.perf_counter() - started:.1f} s)", flush=True)
     # generate() asks it whether ranks must keep step; transformers holds a weak reference, so we keep a strong one.

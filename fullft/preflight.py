@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft import engine, model, planner
 from fullft.checkpoint import newest
-from fullft.data.batches import Batches
+from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
 from fullft.errors import BadInput
@@ -273,3 +273,52 @@ def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
                 "deepspeed=ds_configs/zero3_offload.json"
             )
     return problems
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation outside of a training needs, the same on every rank."""
+
+    tokenizer: PreTrainedTokenizerBase
+    suite: Suite
+    deepspeed_config: dict[str, Any]
+    meta: PreTrainedModel
+    why_not_by_shards: str  # why transformers has to load the weights; empty if it has not
+
+
+def preflight_evaluation(recipe: Recipe, world_size: int) -> Measured:
+    """Check a recipe's model and tasks for an evaluation without training.
+
+    Raises:
+        BadInput: with every problem found.
+    """
+    problems: list[str] = []
+
+    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
+        try:
+            return action(*arguments)
+        except BadInput as error:
+            problems.extend(error.problems)
+            return None
+
+    config = attempt(engine.read_config, recipe)
+    tokenizer = attempt(load_tokenizer, recipe.model)
+    meta = attempt(model.on_meta, recipe.model, tokenizer) if tokenizer is not None else None
+    if meta is not None and tokenizer is not None:
+        problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
+    if problems or config is None or meta is None or tokenizer is None:
+        raise BadInput(problems)
+    config = engine.for_evaluation(config)
+    weights = model.weights_of(recipe, meta, config)
+    problems += weights.problems
+    suite = attempt(Suite, recipe, tokenizer)
+    if suite is not None:
+        problems += _prompt_problems(suite, meta)
+        if not suite.tasks:
+            problems.append("retention.tasks: is empty, and there is no data.validation: nothing to measure")
+    if problems or suite is None:
+        raise BadInput(problems)
+    geometry = Geometry(world_size, 1, 1, world_size, recipe.train.seed)
+    hidden = model.facts(meta).hidden_size
+    filled = engine.fill_config(config, recipe, geometry, hidden, model.precision(recipe))
+    return Measured(tokenizer, suite, filled, meta, weights.reason)

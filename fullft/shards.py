@@ -194,6 +194,12 @@ def refresh_model_from_optimizer(engine: Any, state: str = "weight") -> None:
     """
     for _, parameter in engine.module.named_parameters():
         parameter.ds_tensor.copy_(_shard(engine, parameter, state))
+    gather_resident(engine)
+
+
+@torch.no_grad()
+def gather_resident(engine: Any) -> None:
+    """After the shards have changed: small parameters, which every rank keeps whole, anew. All ranks together."""
     if resident := engine.optimizer.persistent_parameters:
         resident[0].partition(resident)
         resident[0].all_gather(resident)

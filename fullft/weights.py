@@ -82,12 +82,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         raise BadInput(f"model.path: {folder} lacks {', '.join(missing)}, which its index names; is it complete?")
     found: dict[str, Stored] = {}
     for file in files:
-        found |= _tensors_of(file)
+        found |= tensors_of(file)
     return found
 
 
-def _tensors_of(file: Path) -> dict[str, Stored]:
-    """From the header (https://huggingface.co/docs/safetensors): its length in 8 bytes, then JSON, then the data."""
+def tensors_of(file: Path) -> dict[str, Stored]:
+    """All tensors of a file. Its format (https://huggingface.co/docs/safetensors): length of the header in 8 bytes, the
+    header as JSON, the data."""
     try:
         with file.open("rb") as content:
             length = int.from_bytes(content.read(8), "little")
@@ -119,7 +120,7 @@ def locate(folder: Path, meta: PreTrainedModel, grown: Iterable[str] = ()) -> We
         if list(folder.glob("*.bin")):
             return Weights({}, reason="its weights are .bin files")
         return Weights({}, problems=[f"model.path: {folder} holds no weights (*.safetensors)"])
-    wanted, our_name = meta.state_dict(), _renamer(meta)
+    wanted, our_name = meta.state_dict(), renamer(meta)
     found: dict[str, Stored] = {}
     for name, stored in files.items():
         ours, converted = our_name(name)
@@ -129,7 +130,7 @@ def locate(folder: Path, meta: PreTrainedModel, grown: Iterable[str] = ()) -> We
     floats = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
     if unknown := next((name for name in wanted if name in found and found[name].dtype not in floats), None):
         return Weights({}, reason=f"{unknown} is stored as {found[unknown].dtype}")
-    for names in _tied(meta):
+    for names in tied(meta):
         there = [name for name in names if name in found]
         if len(there) > 1:  # transformers compares their values, and unties them if they differ
             return Weights({}, reason=f"its files hold {' and '.join(there)}, which its config ties")
@@ -137,7 +138,7 @@ def locate(folder: Path, meta: PreTrainedModel, grown: Iterable[str] = ()) -> We
     return Weights(found, problems=_disagreements(folder, meta, wanted, found, set(grown)))
 
 
-def _renamer(meta: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+def renamer(meta: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
     """Name in a file → (name in the model, what converts it, if anything), as transformers loads it."""
     wanted, steps = meta.state_dict(), get_model_conversion_mapping(meta)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
@@ -150,7 +151,7 @@ def stored_buffers(folder: Path, meta: PreTrainedModel) -> dict[str, torch.Tenso
     wanted = set(meta.state_dict()) - {name for name, _ in meta.named_parameters(remove_duplicate=False)}
     if not wanted:
         return {}
-    our_name, found = _renamer(meta), {}
+    our_name, found = renamer(meta), {}
     for name, stored in stored_tensors(folder).items():
         ours, _ = our_name(name)
         if ours in wanted and stored.dtype in DTYPES:
@@ -159,12 +160,18 @@ def stored_buffers(folder: Path, meta: PreTrainedModel) -> dict[str, torch.Tenso
     return found
 
 
-def _tied(meta: PreTrainedModel) -> list[list[str]]:
+def tied(meta: PreTrainedModel) -> list[list[str]]:
     """Names of one and the same parameter, for each that has several."""
     names: dict[int, list[str]] = {}
     for name, parameter in meta.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
+
+
+def is_ignored(name: str, meta: PreTrainedModel) -> bool:
+    """Whether transformers passes over a tensor of this name in the files, without which the model is whole."""
+    rules = [*(meta._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias"]
+    return any(re.search(rule, name) for rule in rules)
 
 
 def _disagreements(
@@ -180,8 +187,7 @@ def _disagreements(
         for name in wanted
         if name in found and not fits(name)
     ]
-    ignored = [*(meta._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"\.attn\.(masked_)?bias"]
-    surplus = [name for name in found if name not in wanted and not any(re.search(rule, name) for rule in ignored)]
+    surplus = [name for name in found if name not in wanted and not is_ignored(name, meta)]
     problems = []
     for what, names in (
         ("lack tensors", missing),

@@ -78,14 +78,21 @@ def score(evaluation: Evaluation) -> float | None:
     """
     gains: dict[str, list[float]] = {"skill": [], "retention": []}
     for task in evaluation["tasks"].values():
-        now, base = task["score"], task["base"]
-        if now is None or base is None:
+        gained = gain(task)
+        if gained is None:
             return None
-        gain = now - base if task["higher_is_better"] else (base - now) / base if base else 0.0
-        gains[task["measures"]].append(gain)
+        gains[task["measures"]].append(gained)
     skill, losses = gains["skill"], [max(0.0, -gain) for gain in gains["retention"]]
     total = sum(skill) / max(1, len(skill)) - sum(losses) / max(1, len(losses))
     return total if (skill or losses) and all(map(math.isfinite, (*skill, *gains["retention"]))) else None
+
+
+def gain(task: dict[str, Any]) -> float | None:
+    """What a task has gained since step 0, as `score` adds it up; None if that is not known."""
+    now, base = task["score"], task["base"]
+    if now is None or base is None:
+        return None
+    return float(now - base if task["higher_is_better"] else (base - now) / base if base else 0.0)
 
 
 def before_after(found: list[Evaluation]) -> list[tuple[str, ...]]:
