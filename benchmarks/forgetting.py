@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -42,6 +43,7 @@ WARM_UP_STEPS = 10  # not timed
 QUIET = (
     "tracking.wandb=disabled", "tracking.every_steps=1", "checkpoint.every_steps=1000000", "checkpoint.keep=1",
     "checkpoint.keep_best=false", "data.validation=[]", "data.on_too_long=split", "retention.every_steps=null",
+    "retention.gate.action=none",
 )  # fmt: skip
 
 
@@ -194,6 +196,8 @@ class Bench:
         for seed in range(1, seeds + 1):
             for name in names[seed - 1 :] + names[: seed - 1]:  # another one first in each round
                 self._run(subject, name, seed)
+            if subject.blend:
+                self._blend(subject, seed)
             self._write()
 
     def _run(self, subject: Subject, name: str, seed: int) -> None:
@@ -201,7 +205,7 @@ class Bench:
         key = {"base": subject.name, "variant": name, "seed": seed, "overrides": overrides}
         if any(row.items() >= key.items() for row in self.rows):
             return
-        out = self.folder / f"{subject.name}-{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
+        out = self._folder(subject, name, seed)
         shutil.rmtree(out, ignore_errors=True)
         overrides = [*overrides, f"run_dir={out}", f"data.cache_dir={self.folder / 'cache'}"]
         started = time.strftime("%H:%M:%S")
@@ -214,6 +218,27 @@ class Bench:
         if not (subject.blend and name == PLAIN):
             shutil.rmtree(out / "export")
         self._keep(row)
+
+    def _folder(self, subject: Subject, name: str, seed: int) -> Path:
+        return self.folder / f"{subject.name}-{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
+
+    def _blend(self, subject: Subject, seed: int) -> None:
+        """Blends of the round's plain model with the base: a sweep measures them all."""
+        key = {"base": subject.name, "seed": seed, "blend": True}
+        if any(row.items() >= key.items() for row in self.rows):
+            return
+        out = self._folder(subject, "blend", seed)
+        shutil.rmtree(out, ignore_errors=True)
+        started, alphas = time.strftime("%H:%M:%S"), ",".join(map(str, ALPHAS))
+        models = [str(subject.base), str(self._folder(subject, PLAIN, seed))]
+        command = [sys.executable, "-m", "fullft.cli", "blend", *models, "--sweep", alphas, "--out", str(out)]
+        measured = run(command, sample_seconds=1)
+        points = json.loads((out / "blend.json").read_text())["points"]
+        for point in (point for point in points if point["alpha"] in ALPHAS):
+            self._keep(key | scores(point["tasks"], subject.skill) | {
+                "variant": f"plain, blended with α = {point['alpha']}", "overrides": [], "commit": self.commit,
+                "started": started, "seconds": round(measured.seconds, 1),
+            })  # fmt: skip
 
     def _keep(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
@@ -243,6 +268,14 @@ def read_run(folder: Path, skill: str) -> dict[str, Any]:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     seconds = [row["time/step_seconds"] for row in log if "time/step_seconds" in row][WARM_UP_STEPS:]
     usual = sorted(seconds)[: max(1, len(seconds) * 95 // 100)]  # the slowest are the machine's
+    return scores(tasks, skill) | {
+        "step_seconds": statistics.fmean(usual), "median_step_seconds": statistics.median(seconds),
+        "timed_steps": len(seconds), "divergence": last.get("divergence"),
+    }  # fmt: skip
+
+
+def scores(tasks: dict[str, Any], skill: str) -> dict[str, Any]:
+    """Gain of the skill task, and the retention tasks, of an evaluation. A positive gain is better, a drop worse."""
     sign = 1 if tasks[skill]["higher_is_better"] else -1
     return {
         "skill": {key: tasks[skill][key] for key in ("metric", "n", "base", "score")},
@@ -252,9 +285,7 @@ def read_run(folder: Path, skill: str) -> dict[str, Any]:
             for name, task in tasks.items()
             if task["measures"] == "retention"
         },
-        "step_seconds": statistics.fmean(usual), "median_step_seconds": statistics.median(seconds),
-        "timed_steps": len(seconds), "divergence": last.get("divergence"),
-    }  # fmt: skip
+    }
 
 
 # What it comes to
@@ -262,7 +293,7 @@ def read_run(folder: Path, skill: str) -> dict[str, Any]:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Per variant [mean, standard deviation over seeds] of each number. Costs are those beside the plain run of the
-    same round; `kept` and `cut` (shares of plain's gain and of plain's loss) are of the means over all seeds."""
+    same round; `kept` and `spared` (shares of plain's gain and of its loss) are of the means over all seeds."""
     plain = {row["seed"]: row for row in rows if row["variant"] == PLAIN}
     table: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(row["variant"] for row in rows):
@@ -276,7 +307,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for task in mine[0]["retention"]:
             drops = [(row["retention"][task]["drop"], one["retention"][task]["drop"]) for row, one in pairs]
             entry[f"lost {task}"] = spread(drop for drop, _ in drops)
-            entry[f"cut {task}"] = 1 - ratio([drop for drop, _ in drops], [drop for _, drop in drops])
+            if sum(drop for _, drop in drops) > 0:  # else there is nothing to spare
+                entry[f"spared {task}"] = 1 - ratio([drop for drop, _ in drops], [drop for _, drop in drops])
         if "step_seconds" in mine[0]:
             entry["step"] = spread(row["step_seconds"] / one["step_seconds"] - 1 for row, one in pairs)
             entry["step_ms"] = spread(row["step_seconds"] * 1000 for row in mine)
@@ -291,7 +323,7 @@ def spread(values: Iterator[float] | list[float]) -> list[float]:
 
 
 def ratio(mine: list[float], plains: list[float]) -> float:
-    return sum(mine) / sum(plains) if sum(plains) else 0.0
+    return sum(mine) / sum(plains) if sum(plains) else math.nan
 
 
 def goals_of(base: str, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -299,8 +331,8 @@ def goals_of(base: str, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]
     if remedy := table.get(DEFAULT):
         found.append(goal(f"{base}: share of the skill gain that the default remedy keeps", ">= 0.95",
                           remedy["kept"], remedy["kept"] >= 0.95))  # fmt: skip
-        for key in (key for key in remedy if key.startswith("cut ")):
-            task = key.removeprefix("cut ")
+        for key in (key for key in remedy if key.startswith("spared ")):
+            task = key.removeprefix("spared ")
             found.append(goal(f"{base}: share of the loss on {task} that it spares", ">= 0.6",
                               remedy[key], remedy[key] >= 0.6))  # fmt: skip
     for kl, named, limit in ((False, "without KL", 0.15), (True, "with KL", 0.4)):
@@ -321,7 +353,8 @@ def markdown(table: dict[str, dict[str, Any]]) -> list[str]:
     for name, entry in table.items():
         cells = [name, str(entry["seeds"]), _pm(entry["gain"], ".3f"), f"{entry['kept']:.0%}"]
         for task in tasks:
-            cells += [_pm(entry[f"lost {task}"], ".3f"), f"{entry[f'cut {task}']:.0%}" if name != PLAIN else ""]
+            spared = entry.get(f"spared {task}") if name != PLAIN else None
+            cells += [_pm(entry[f"lost {task}"], ".3f"), "" if spared is None else f"{spared:.0%}"]
         if "step" not in entry:
             cells += ["", ""]
         elif name == PLAIN:
