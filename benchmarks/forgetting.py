@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import statistics
@@ -303,12 +302,13 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         pairs = [(row, plain[row["seed"]]) for row in mine]
         table[name] = entry = {"seeds": len(mine), "gain": spread(row["gain"] for row in mine)}
         entry["kl"] = any(word.startswith("train.kl_weight") for word in mine[0]["overrides"])
-        entry["kept"] = ratio([row["gain"] for row, _ in pairs], [one["gain"] for _, one in pairs])
+        gains = [(row["gain"], one["gain"]) for row, one in pairs]
+        entry["kept"] = share(gains)
         for task in mine[0]["retention"]:
             drops = [(row["retention"][task]["drop"], one["retention"][task]["drop"]) for row, one in pairs]
             entry[f"lost {task}"] = spread(drop for drop, _ in drops)
-            if sum(drop for _, drop in drops) > 0:  # else there is nothing to spare
-                entry[f"spared {task}"] = 1 - ratio([drop for drop, _ in drops], [drop for _, drop in drops])
+            lost = share(drops)
+            entry[f"spared {task}"] = None if lost is None else 1 - lost
         if "step_seconds" in mine[0]:
             entry["step"] = spread(row["step_seconds"] / one["step_seconds"] - 1 for row, one in pairs)
             entry["step_ms"] = spread(row["step_seconds"] * 1000 for row in mine)
@@ -322,19 +322,21 @@ def spread(values: Iterator[float] | list[float]) -> list[float]:
     return [statistics.fmean(every), statistics.stdev(every) if len(every) > 1 else 0.0]
 
 
-def ratio(mine: list[float], plains: list[float]) -> float:
-    return sum(mine) / sum(plains) if sum(plains) else math.nan
+def share(pairs: list[tuple[float, float]]) -> float | None:
+    """The sum of the first numbers over that of the second, plain's; None if plain has gained (or lost) nothing."""
+    plain = sum(second for _, second in pairs)
+    return sum(first for first, _ in pairs) / plain if plain > 0 else None
 
 
 def goals_of(base: str, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
-    if remedy := table.get(DEFAULT):
-        found.append(goal(f"{base}: share of the skill gain that the default remedy keeps", ">= 0.95",
-                          remedy["kept"], remedy["kept"] >= 0.95))  # fmt: skip
-        for key in (key for key in remedy if key.startswith("spared ")):
-            task = key.removeprefix("spared ")
-            found.append(goal(f"{base}: share of the loss on {task} that it spares", ">= 0.6",
-                              remedy[key], remedy[key] >= 0.6))  # fmt: skip
+    for key, value in table.get(DEFAULT, {}).items():
+        if key == "kept" and value is not None:
+            name = f"{base}: share of the skill gain that the default remedy keeps"
+            found.append(goal(name, ">= 0.95", value, value >= 0.95))
+        elif key.startswith("spared ") and value is not None:
+            name = f"{base}: share of the loss on {key.removeprefix('spared ')} that it spares"
+            found.append(goal(name, ">= 0.6", value, value >= 0.6))
     for kl, named, limit in ((False, "without KL", 0.15), (True, "with KL", 0.4)):
         costs = [entry["step"][0] for name, entry in table.items()
                  if "step" in entry and entry["kl"] == kl and name != PLAIN]  # fmt: skip
@@ -351,10 +353,10 @@ def markdown(table: dict[str, dict[str, Any]]) -> list[str]:
     head += [cell for task in tasks for cell in (f"lost: {task}", "spared")] + ["step time", "memory, MiB"]
     lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     for name, entry in table.items():
-        cells = [name, str(entry["seeds"]), _pm(entry["gain"], ".3f"), f"{entry['kept']:.0%}"]
+        cells = [name, str(entry["seeds"]), _pm(entry["gain"], ".3f"), _percent(entry["kept"])]
         for task in tasks:
             spared = entry.get(f"spared {task}") if name != PLAIN else None
-            cells += [_pm(entry[f"lost {task}"], ".3f"), "" if spared is None else f"{spared:.0%}"]
+            cells += [_pm(entry[f"lost {task}"], ".3f"), _percent(spared)]
         if "step" not in entry:
             cells += ["", ""]
         elif name == PLAIN:
@@ -363,6 +365,10 @@ def markdown(table: dict[str, dict[str, Any]]) -> list[str]:
             cells += [f"{entry['step'][0]:+.0%} ± {entry['step'][1]:.0%}", _pm(entry["memory_mib"], "+.0f", ".0f")]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _pm(values: list[float], form: str, second: str | None = None) -> str:
