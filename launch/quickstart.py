@@ -37,14 +37,7 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 def main() -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     started = time.monotonic()
-    train_texts, heldout = split_documentation()
-    write_rows(INPUTS / "documentation.jsonl", [{"text": text} for text in train_texts])
-    write_rows(INPUTS / "documentation-heldout.jsonl", [{"text": text} for text in heldout])
-    problems = word_problems()
-    write_rows(INPUTS / "problems-train.jsonl", problems[200:])
-    write_rows(INPUTS / "problems-test.jsonl", problems[:200])
-    if not (INPUTS / "random-model" / "config.json").exists():
-        write_random_model(INPUTS / "random-model", train_texts)
+    write_inputs()
 
     print("== 1 of 2: base model, from raw text", flush=True)
     launch("launch/recipes/quickstart-base.yaml")
@@ -69,6 +62,18 @@ Next, a real model on real data (needs GPUs and access to the Hugging Face hub):
 
   deepspeed launch/train.py --config launch/recipes/smollm2-135m-gsm8k.yaml
 """)
+
+
+def write_inputs() -> None:
+    """Everything that the two recipes read."""
+    train_texts, heldout = split_documentation()
+    write_rows(INPUTS / "documentation.jsonl", [{"text": text} for text in train_texts])
+    write_rows(INPUTS / "documentation-heldout.jsonl", [{"text": text} for text in heldout])
+    problems = word_problems()
+    write_rows(INPUTS / "problems-train.jsonl", problems[200:])
+    write_rows(INPUTS / "problems-test.jsonl", problems[:200])
+    if not (INPUTS / "random-model" / "config.json").exists():
+        write_random_model(INPUTS / "random-model", train_texts)
 
 
 def split_documentation() -> tuple[list[str], list[str]]:
@@ -137,15 +142,21 @@ def write_random_model(
 
 
 def launch(recipe: str) -> None:
-    """`deepspeed --num_gpus 2 launch/train.py --config recipe`, one thread a rank, on the CPU."""
+    """Run `train_command`; its failure ends this process."""
+    command = train_command(recipe)
+    print("$", " ".join(["deepspeed", *command[1:]]), flush=True)
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+
+
+def train_command(recipe: str, *overrides: str) -> list[str]:
+    """`deepspeed --num_gpus 2 launch/train.py --config recipe key=value …` on a free port."""
     deepspeed = Path(sys.executable).with_name("deepspeed")
     with socket.socket() as probe:  # the default port may be another run's
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    command = [str(deepspeed), "--num_gpus", "2", "--master_port", port, "launch/train.py", "--config", recipe]
-    print("$", " ".join(["deepspeed", *command[1:]]), flush=True)
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(code)
+    words = ["--num_gpus", "2", "--master_port", port, "launch/train.py", "--config", recipe]
+    return [str(deepspeed), *words, *overrides]
 
 
 if __name__ == "__main__":
