@@ -48,7 +48,13 @@ class Saver:
     """
 
     def __init__(
-        self, engine: Any, folder: Path, settings: Checkpoint, tracker: Tracker, resumed_step: int, keep_good: bool
+        self,
+        engine: Any,
+        folder: Path,
+        settings: Checkpoint,
+        tracker: Tracker,
+        resumed_step: int,
+        keep_good: bool = False,
     ) -> None:
         """`keep_good`: never remove the newest checkpoint from before a retention task has passed its limit."""
         self._keep_good = keep_good

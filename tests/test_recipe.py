@@ -312,7 +312,7 @@ def test_every_key_has_a_description_or_explains_itself() -> None:
 def test_every_number_names_its_unit() -> None:
     units = (
         "token", "step", "sequence", "row", "GB", "minute", "second", "rate", "norm", "passes", "decay", "checkpoints",
-        "prompts",
+        "prompts", "share", "level", "evaluations", "rollbacks", "factor", "items", "examples", "unit",
     )  # fmt: skip
     for key, field in keys_of(Recipe):
         kinds = {field.annotation, *typing.get_args(field.annotation)}
@@ -338,6 +338,9 @@ FREE = {
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
     "train.hang_timeout": "60", "checkpoint.grace_seconds": "60",
     "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",
+    "retention.max_overhead": "0.1", "retention.confidence": "0.9", "retention.gate.action": "stop",
+    "retention.gate.max_drop": "0.5", "retention.gate.patience": "3", "retention.gate.rollback_lr_factor": "0.2",
+    "retention.gate.rollback_pull_factor": "2", "retention.gate.max_rollbacks": "1", "train.l2_pull_offload": "true",
 }  # fmt: skip
 FIXED = {
     "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
@@ -348,12 +351,15 @@ FIXED = {
     "train.min_learning_rate": "1e-6", "train.schedule": "linear", "train.warmup_steps": "2",
     "train.weight_decay": "0.1", "train.no_decay": "[]", "train.beta1": "0.8", "train.beta2": "0.99",
     "train.eps": "1e-6", "train.max_grad_norm": "2", "train.precision": "fp32",
-    "train.seed": "1",
+    "train.seed": "1", "train.layerwise_lr_decay": "0.9", "train.l2_pull": "0.1", "train.ema_decay": "0.99",
+    "train.kl_weight": "0.1", "train.kl_reference": "model",
+    "retention.kl_tokens": "1", "retention.kl_top_k": "1",
 }  # fmt: skip
 
 
 def test_the_lists_of_free_and_fixed_keys_are_complete() -> None:
     lists = ("data.train", "data.replay", "data.validation", "retention.tasks")
+    lists += ("data.replay_weight",)  # needs a replay set, see below
     rest = {key for key, _ in keys_of(Recipe) if not f"{key}.".startswith(tuple(f"{name}." for name in lists))}
     assert rest == FREE.keys() | FIXED.keys()
 
@@ -373,6 +379,8 @@ def test_data_sets_and_tasks_are_part_of_the_identity() -> None:
     assert changed("data.train.1.path=c.jsonl") == {"data.train.1.path"}
     assert changed("data.train.0.fields={output: answer}")
     assert changed("data.train.0.weight=2") == {"data.train.0.weight"}
+    replay = "data.replay={path: c.jsonl, fraction: 0.1}"
+    assert changed(replay, "data.replay_weight=0.2") - changed(replay) == {"data.replay_weight"}
     assert changed(data=SMALLEST["data"] | {"replay": {"path": "r.jsonl", "fraction": 0.1}})
     assert changed(data=SMALLEST["data"] | {"validation": "v.jsonl"})
     assert changed(retention={"tasks": [{"name": "t", "kind": "text", "data": "x.jsonl"}]})
