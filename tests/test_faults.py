@@ -296,17 +296,21 @@ def test_a_frozen_job_that_wakes_changes_nothing(recipe: dict[str, Any], launch:
 
 @pytest.mark.slow
 def test_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
-    """Also while it starts and while it saves; of one rank, upon which the other gets SIGTERM, or of all.
+    """Also while it starts, and each third while it saves; of one rank, upon which the other gets SIGTERM, or of all.
 
     FULLFT_TEST_KILLS=100 FULLFT_TEST_SEED=7: more kills, other moments.
     """
-    seed, steps = int(os.environ.get("FULLFT_TEST_SEED", "0")), KILLS * 9
+    seed, steps = int(os.environ.get("FULLFT_TEST_SEED", "0")), KILLS * 14
     choose = random.Random(seed)
     recipe["train"] |= {"steps": steps, "schedule": "cosine", "warmup_steps": 4}
     recipe["checkpoint"] = {"every_steps": 2}
     whole = recipe | {"run_dir": str(tmp_path / "whole"), "checkpoint": {"every_steps": 1000}}
     launch(whole, timeout=600)
     while_saving = 0
+
+    def partial() -> set[Path]:
+        return set(Path(recipe["run_dir"]).glob("checkpoints/*.tmp"))
+
     for kills in range(KILLS):
         before = saved(recipe)
         job = Job(recipe, tmp_path / "killed.yaml")
@@ -318,7 +322,11 @@ def test_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_pat
                 further = reached + choose.randint(1, 12)
                 # Until this very job has logged a step: metrics.jsonl has the rows of the one before until then.
                 job.wait_for(lambda job=job, further=further: "  loss " in job.said and last_step(recipe) >= further)
-                time.sleep(choose.uniform(0, 0.1))
+                if kills % 3 == 2:
+                    older = partial()
+                    job.wait_for(lambda older=older: bool(partial() - older))
+                else:
+                    time.sleep(choose.uniform(0, 0.1))
                 assert ("resumed from" in job.said) == bool(before), f"kill {kills}, seed {seed}: {job.said}"
                 assert "skipped checkpoint" not in job.said
             if choose.random() < 0.5:
@@ -327,7 +335,7 @@ def test_kills_at_random_moments(recipe: dict[str, Any], launch: Launch, tmp_pat
                     wait_for_ranks(job.ranks, 60)
         finally:
             kill(job.ranks)
-        while_saving += bool(list(Path(recipe["run_dir"]).glob("checkpoints/*.tmp")))
+        while_saving += bool(partial())
     print(f"{while_saving} of {KILLS} kills while it saved")
     done = launch(recipe, timeout=600)
     assert "resumed from" in done.stdout
