@@ -60,10 +60,10 @@ class Fullft:
         self.program = folder / "program.py"
         self.program.write_text(FULLFT)
 
-    def start(self, pause: float = 0, kill_at: int = -1, verb: str = "prepare", group: bool = False) -> Any:
+    def start(self, pause: float = 0, kill_at: int = -1, verb: str = "prepare", **options: Any) -> Any:
         out, err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")  # noqa: SIM115
         arguments = (str(pause), str(kill_at), verb, str(self.config))
-        process = warm.start(self.program, *arguments, stdout=out, stderr=err, cwd=self.program.parent, group=group)
+        process = warm.start(self.program, *arguments, stdout=out, stderr=err, cwd=self.program.parent, **options)
         process.communicate = lambda timeout=None: (process.wait(timeout), read(out), read(err))[1:]
         return process
 
@@ -302,7 +302,8 @@ def test_a_launch_without_cache_prepares_once(recipe: dict[str, Any], launch: La
 
 @pytest.mark.parametrize("whom", ["the group, as a terminal does", "the parent alone"])
 def test_ctrl_c_ends_at_once_and_the_next_start_goes_on(fullft: Fullft, whole: dict[str, bytes], whom: str) -> None:
-    process = fullft.start(pause=0.5, group=True)  # so long that no piece that was begun, or waits, is finished in time
+    # A pause so long that no piece that was begun, or waits, is finished in time. Not forked: it is timed.
+    process = fullft.start(pause=0.5, group=True, forked=False)
     wait_for(lambda: fullft.parts() >= 1)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2

@@ -8,7 +8,7 @@ copies the group to the weights that forward uses: nothing is copied twice, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from fullft.shards import (
     start_optimizer,
 )
 
-_BLOCK = 1 << 24  # elements at a time, so that fp32 copies of the base stay small
+_BLOCK = 1 << 22  # elements at a time, so that fp32 copies of the base stay small
 
 
 class Pull:
@@ -38,6 +38,7 @@ class Pull:
         """`engine`: its weights are those of the base. `offload`: keep them in host memory."""
         self.strength = strength
         self._engine = engine
+        self._size: float | None = None  # ||base||², of this rank
         self._base = {flat: _compact(flat, offload) for flat in engine.optimizer.fp32_partitioned_groups_flat}
 
     def apply(self, flat: torch.Tensor, rate: float) -> None:
@@ -47,13 +48,16 @@ class Pull:
     @torch.no_grad()
     def distance(self) -> float:
         """||w - base|| / ||base|| over all parameters. All ranks together."""
-        moved = size = 0.0
-        for flat in self._base:
-            for weights, base in self._blocks(flat):  # the padding of a shard is zero in both
-                moved += float((weights - base).square().sum(dtype=torch.float64))
-                size += float(base.square().sum(dtype=torch.float64))
-        moved, size = sum_over_ranks(moved, size, device=self._engine.device)
+        moved = self._norm_squared(lambda weights, base: weights - base)
+        if self._size is None:
+            self._size = self._norm_squared(lambda _, base: base)
+        moved, size = sum_over_ranks(moved, self._size, device=self._engine.device)
         return math.sqrt(moved / size)
+
+    def _norm_squared(self, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        """Of this rank's shards; their padding is zero in weights and base."""
+        norms = [torch.linalg.vector_norm(of(*blocks)).double() for flat in self._base for blocks in self._blocks(flat)]
+        return float(torch.stack(norms).square().sum()) if norms else 0.0
 
     def _blocks(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         base = self._base[flat]
