@@ -97,6 +97,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         problems += _prompt_problems(suite, meta)
         if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
             problems += baseline.problems(suite)
+        never, seldom = baseline.never_breached(suite)
+        problems += never
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -122,7 +124,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     refused, slow = too_long(recipe, suite.tasks, trained, total, facts.parameters, world_size, gpus)
     if refused:
         raise BadInput(refused)
-    warnings = told + unlikely(recipe, total, batches) + slow
+    warnings = told + unlikely(recipe, total, batches) + slow + seldom
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
@@ -183,7 +185,7 @@ def stopped_by_gate(recipe: Recipe) -> str:
         return ""
     file = recipe.run_folder / "state.json"
     state = json.loads(file.read_text()) if file.exists() else {}
-    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate_settings else ""
 
 
 def _sources(recipe: Recipe) -> list[Source]:

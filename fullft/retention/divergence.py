@@ -156,7 +156,7 @@ def metrics(divergence: dict[str, Any]) -> dict[str, float]:
     """As metric names: divergence/…"""
     found = {f"divergence/{name}": divergence.get(name) for name in ("kl_new_task", "kl_general", "changed_bf16")}
     found["divergence/drift"] = (divergence.get("drift") or {}).get("all")
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _ratio(sums: Iterable[Sequence[float]]) -> float | None:
