@@ -137,14 +137,14 @@ for error in (KeyError("gate"), BadInput(["one", "two"])):
     try:
         cluster.on_all(lambda: fail(error))
     except Exception as caught:
-        said.append(f"{type(caught).__name__} {caught!s}".replace("\n", ","))
+        said.append(" ".join([type(caught).__name__, *str(caught).split()]))
 print(f"rank {me.rank}: {'; '.join(said)}.", flush=True)
 cluster.leave()
 """)
     done = run_ranks(script, ranks=2, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "rank 0: KeyError 'gate'; BadInput one,two." in done.stdout
-    assert re.search(r"rank 1: RuntimeError rank 0 on .* failed: KeyError: 'gate'; BadInput one,two\.", done.stdout)
+    assert "rank 0: KeyError 'gate'; BadInput one two." in done.stdout
+    assert re.search(r"rank 1: RuntimeError rank 0 on .* failed: KeyError: 'gate'; BadInput one two\.", done.stdout)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
@@ -400,7 +400,7 @@ def test_a_rollback_that_is_killed_in_its_middle_is_finished_by_the_next_start(
 @pytest.mark.ranks
 def test_a_resumed_run_can_go_back_to_step_0(forgetful: dict[str, Any]) -> None:
     """A signal comes in the evaluation of step 1, which is done after the resume and finds the loss."""
-    recipe = gated(forgetful, "to-0", action="rollback", patience=1, rollback_lr_factor=1e-4, max_drop=0.0)
+    recipe = gated(forgetful, "to-0", action="rollback", patience=1, rollback_lr_factor=1e-4, max_drop=0.01)
     recipe["train"] = forgetful["train"] | {"warmup_steps": 0, "steps": 2}
     program = """
 import os, signal
