@@ -53,6 +53,11 @@ class Divergence:
         self._known: dict[str, Predictions] | None = None
         self._weights: Weights | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens on which each evaluation compares the two models."""
+        return sum(len(ids) for rows in self._rows.values() for ids, *_ in rows)
+
     def measure(self, engine: Any, step: int, say: Callable[[str], None]) -> dict[str, Any]:
         """The `divergence` of an evaluation. All ranks together; at step 0 the engine has the base model.
 
