@@ -58,7 +58,7 @@ def test_ok_watch_and_breach() -> None:
     assert [task["gate"] for task in one["tasks"].values()] == ["ok", "watch", "breach"]
     assert one["gate"]["decision"] == "stop"
     assert one["gate"]["breaches_in_row"] == {"task 0": 0, "task 1": 0, "task 2": 1}
-    assert "task task 2 has lost 0.2 nats a token" in one["gate"]["reasons"][0]
+    assert "task task 2 has lost 0.200 nats a token" in one["gate"]["reasons"][0]
     skill = decide({"step": 1, "tasks": {"new": texts_task(9.0, measures="skill")}}, [], GATE, 0.95, 5, False)
     assert (skill["tasks"]["new"]["gate"], skill["gate"]["decision"]) == (None, "continue")
     unknown = decide({"step": 1, "tasks": {"one item": texts_task(9.0) | {"drop_se": None}}}, [], GATE, 0.95, 5, False)
@@ -162,6 +162,7 @@ def test_stop_saves_and_exits_with_75_again_and_again_until_the_gate_is_changed(
     assert checkpoints(recipe) == sorted({stopped} | ({fine} if fine else set()))  # keep is 1
     run = Path(recipe["run_dir"])
     assert (run / "report.html").exists()
+    assert read(recipe, "report.json")["state"]["reason"] == state["reason"]
     assert not (run / "REQUEUE").exists()
     assert not (run / "export").exists()
     before = (run / "metrics.jsonl").read_bytes()
