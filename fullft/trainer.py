@@ -471,7 +471,7 @@ def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None,
 
 
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
-    """Export the model, write the report, and mark the run as done."""
+    """Export the model, write the report, and mark the run as done. (A failed export leaves a report too: not done.)"""
     watchdog.mark("export")
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""

@@ -195,7 +195,7 @@ def test_a_rollback_goes_back_trains_gentler_and_ends_well(rolled_back: tuple[di
     recipe, run = rolled_back
     (entry,) = read(recipe, "retention/rollbacks.json")
     assert (entry["done"], entry["learning_rate_factor"], entry["to_step"] < entry["from_step"]) == (True, 1e-4, True)
-    assert read(recipe, "state.json")["status"] == "done"
+    assert read(recipe, "state.json")["status"] == read(recipe, "report.json")["state"]["status"] == "done"
     rows = [row for row in metrics(recipe) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))  # each once
     rates = [row["train/learning_rate"] for row in rows]
@@ -246,7 +246,7 @@ def test_check_tells_the_smallest_drop_that_a_task_shows(
     said = capsys.readouterr().out
     assert "retention facts: 100 items show a drop of 8.5 points with 80% power, if 10% of the items flip" in said
     assert "retention p: 100 items in 20 clusters show a drop of 9.3 points" in said
-    assert "retention texts: 16 items show a drop of 0.035 bits per byte" in said
+    assert "retention texts: 16 items show a drop of 0.035 bits a byte" in said
 
 
 @pytest.mark.ranks

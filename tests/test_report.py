@@ -90,7 +90,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str, str]] = [
      "Lost 3.0 ± 1.3 points on gsm8k, which it was to learn; forgetting was not measured (no retention task)."),
     ("nothing to learn measured", {"general": task("bits_per_byte", "retention", 0.8, -0.5501, 300, 0.011, 0.05)},
      "bad",
-     "What it learnt was not measured (no skill task); lost 0.550 ± 0.011 bits per byte on general: real, above the "
+     "What it learnt was not measured (no skill task); lost 0.550 ± 0.011 bits a byte on general: real, above the "
      "limit of 0.05."),
     ("validation", {"validation": task("loss", "skill", 1.9, 0.6, 400, 0.02)}, "mixed",
      "Gained +0.600 ± 0.020 nats a token on the validation set; forgetting was not measured (no retention task)."),

@@ -11,7 +11,7 @@ from fullft.retention.stats import finite, is_share
 Evaluation = dict[str, Any]  # content of a retention/step-….json
 
 _NAMED = 2  # tasks that the sentence names; the others are counted
-_UNITS = {"bits_per_byte": "bits per byte", "loss": "nats a token"}
+_UNITS = {"bits_per_byte": "bits a byte", "loss": "nats a token"}
 
 
 def shown(metric: str, value: float | None) -> str:
