@@ -389,7 +389,7 @@ def stop_at_gate(
         "into another run_dir, with a lower train.learning_rate, data.replay, train.kl_weight or train.l2_pull"
     )
     if cluster.is_main:
-        write_report(recipe.run_folder)
+        write_report(recipe.run_folder, status="stopped", reason=reason, step=step)
         set_state(recipe.run_folder, "stopped", reason=reason, step=step, gate=gate["settings"])
         print(f"fullft: training stopped by retention.gate at {reason}", file=sys.stderr, flush=True)
     signals.enter("over")
@@ -486,15 +486,16 @@ def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None,
 
 
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
-    """Export the model, write the report, and mark the run as done."""
+    """Export the model, write the report, and mark the run as done. (A failed export leaves a report too: not done.)"""
     watchdog.mark("export")
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
     tracker.artifact("model", recipe.run_folder / "export", {"step": inputs.total_steps})
-    tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
     signals.enter("over")
     if cluster.is_main:
+        summary = write_report(recipe.run_folder, status="done", step=inputs.total_steps)
+        tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
     if cluster.is_main:

@@ -64,7 +64,7 @@ def test_ok_watch_and_breach() -> None:
     assert [task["gate"] for task in one["tasks"].values()] == ["ok", "watch", "breach"]
     assert one["gate"]["decision"] == "stop"
     assert one["gate"]["breaches_in_row"] == {"task 0": 0, "task 1": 0, "task 2": 1}
-    assert "task task 2 has lost 0.2 nats a token" in one["gate"]["reasons"][0]
+    assert "task task 2 has lost 0.200 nats a token" in one["gate"]["reasons"][0]
     lost = texts_task(0.0) | {"drop": None, "base": 1.5}  # a score that is not finite
     one = decide({"step": 1, "tasks": {"nan": lost, "kept": texts_task(0.0)}}, [], GATE, 0.95, 5, False)
     assert [task["gate"] for task in one["tasks"].values()] == ["breach", "ok"]
@@ -264,6 +264,7 @@ def test_stop_saves_and_exits_with_75_again_and_again_until_the_gate_is_changed(
     assert checkpoints(recipe) == sorted({stopped} | ({fine} if fine else set()))  # keep is 1
     run = Path(recipe["run_dir"])
     assert (run / "report.html").exists()
+    assert read(recipe, "report.json")["state"]["reason"] == state["reason"]
     assert not (run / "REQUEUE").exists()
     assert not (run / "export").exists()
     before = (run / "metrics.jsonl").read_bytes()
@@ -296,7 +297,7 @@ def test_a_rollback_goes_back_trains_gentler_and_ends_well(rolled_back: tuple[di
     recipe, run = rolled_back
     (entry,) = read(recipe, "retention/rollbacks.json")
     assert (entry["done"], entry["learning_rate_factor"], entry["to_step"] < entry["from_step"]) == (True, 1e-4, True)
-    assert read(recipe, "state.json")["status"] == "done"
+    assert read(recipe, "state.json")["status"] == read(recipe, "report.json")["state"]["status"] == "done"
     rows = [row for row in metrics(recipe) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))  # each once
     rates = [row["train/learning_rate"] for row in rows]
@@ -364,9 +365,9 @@ def test_check_tells_the_smallest_drop_that_a_task_shows(
     said = capsys.readouterr().out
     assert "retention facts: 100 items show a drop of 8.5 points with 80% power, if 10% of the items flip" in said
     assert "retention p: 100 items in 20 clusters show a drop of 9.3 points" in said
-    assert "retention texts: 16 items show a drop of 0.035 bits per byte" in said
+    assert "retention texts: 16 items show a drop of 0.035 bits a byte" in said
     assert "retention one: 1 item can show no drop, as its error is not known" in said
-    assert "warning  task one: 1 item can never show a loss of more than 0.02 bits per byte (max_drop)" in said
+    assert "warning  task one: 1 item can never show a loss of more than 0.02 bits a byte (max_drop)" in said
     assert "warning  task page: 5 items in one cluster can never show a loss of more than 2.0 points" in said
 
 

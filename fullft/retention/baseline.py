@@ -15,6 +15,7 @@ from fullft.retention import stats
 from fullft.retention.gate import can_breach
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
+from fullft.retention.wording import amount
 
 if TYPE_CHECKING:
     from fullft.retention.suite import Suite
@@ -64,7 +65,7 @@ def smallest_drops(suite: Suite) -> list[str]:
         together = f" in {clusters:,} clusters" if clusters < len(sizes) else ""
         lines.append(
             f"{task.measures} {task.name}: {len(sizes):,} items{together} show a drop of "
-            f"{stats.amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
+            f"{amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
         )
     return lines
 

@@ -19,6 +19,7 @@ from scipy import stats as distributions
 from fullft.recipe import Gate
 from fullft.retention import stats
 from fullft.retention.evaluation import Evaluation
+from fullft.retention.wording import amount, change
 
 OK, WATCH, BREACH = "ok", "watch", "breach"
 
@@ -141,5 +142,7 @@ def _upper_quantile(error: float, degrees: int | None) -> float:
 def _reason(name: str, task: dict[str, Any]) -> str:
     if task["drop"] is None:
         return f"task {name}: its {task['metric']}, {task['base']:.3g} at step 0, is no finite number any more"
-    amount, bound, limit = (stats.amount(task["metric"], task[key]) for key in ("drop", "lower_bound_gate", "limit"))
-    return f"task {name} has lost {amount} since step 0, beyond doubt more than {bound}; {limit} are allowed (max_drop)"
+    lost, metric = change(name, task), task["metric"]
+    assert lost is not None  # or there would be no bound
+    bound, limit = amount(metric, task["lower_bound_gate"]), amount(metric, task["limit"])
+    return f"task {name} has lost {lost.amount} since step 0, beyond doubt over {bound}; {limit} are allowed (max_drop)"

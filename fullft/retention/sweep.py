@@ -11,7 +11,6 @@ model, over all ranks. All blends answer the same items, so each is paired with 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fullft.preflight import preflight_evaluation
 from fullft.recipe import Recipe, fingerprint
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights, with_scales
 from fullft.retention.evaluate import for_evaluation, model_of, require_new, require_shards, start_engine, tell
-from fullft.retention.report import gain
+from fullft.retention.wording import mean_gains
 
 Point = dict[str, Any]
 
@@ -82,15 +81,10 @@ def parse_alphas(text: str) -> list[float]:
 def point(alpha: float, tasks: dict[str, Any]) -> Point:
     """A blend as a point of the frontier: skill and retention are the mean gains of those tasks; at α = 0 both are 0.
 
-    Gains are those of `report.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
+    Gains are those of `wording.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
     better; null if one is not known.
     """
-    means: dict[str, float | None] = {}
-    for kind in ("skill", "retention"):
-        gains = [gain(task) for task in tasks.values() if task["measures"] == kind]
-        known = [one for one in gains if one is not None and math.isfinite(one)]
-        means[kind] = math.fsum(known) / len(known) if known and len(known) == len(gains) else None
-    return {"alpha": alpha, **means, "tasks": tasks}
+    return {"alpha": alpha, **mean_gains(tasks), "tasks": tasks}
 
 
 def best(points: Sequence[Point]) -> dict[str, Any]:
