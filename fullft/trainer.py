@@ -477,14 +477,16 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
     tracker.artifact("model", recipe.run_folder / "export", {"step": inputs.total_steps})
-    tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
+    if summary:  # not of a folder with a damaged file
+        tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
     signals.enter("over")
     if cluster.is_main:
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
-    if cluster.is_main:
+    if summary:
         tracker.say(summary["verdict"]["sentence"])
-    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
+    there = f", report in {recipe.run_folder / 'report.html'}" if summary else ""
+    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}{there}")
 
 
 def mark_failed(folder: Path, reason: str) -> None:

@@ -30,7 +30,7 @@ def describe(suite: Suite) -> dict[str, Any]:
     settings = suite.settings
     return {
         "format": FORMAT,
-        "tasks": {task.name: _task(task) for task in suite.tasks},
+        "tasks": suite.described,
         "looks_planned": suite.looks_planned,
         "confidence": settings.confidence,
         "limits": {
@@ -42,12 +42,27 @@ def describe(suite: Suite) -> dict[str, Any]:
     }
 
 
-def _task(task: Prepared) -> dict[str, Any]:
+def describe_task(task: Prepared) -> dict[str, Any]:
+    """What decides a task's numbers, but for the model."""
     hashes = "".join(item.key for item in task.items)
     return {
         "kind": task.kind, "measures": task.measures, "metric": task.metric, "higher_is_better": task.higher_is_better,
         "n": len(task.items), "chance": task.chance, "items_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "tokens_sha256": _tokens_sha256(task), "max_new_tokens": task.max_new_tokens,
+        "answer_pattern": task.answer_pattern,
     }  # fmt: skip
+
+
+def _tokens_sha256(task: Prepared) -> str:
+    """Of all ids that are run, with their labels and stops: data.sequence_length, chat template and tokenizer count."""
+    digest = hashlib.sha256()
+    for item in task.items:
+        if task.harness is not None:
+            runs = task.harness[item.number].runs
+        else:
+            runs = [item.windows, item.pairs, item.prompt, item.stop_ids, item.stop_strings]
+        digest.update(json.dumps(runs, default=vars).encode())
+    return digest.hexdigest()
 
 
 def smallest_drops(suite: Suite) -> list[str]:
@@ -71,25 +86,44 @@ def smallest_drops(suite: Suite) -> list[str]:
 
 def problems(suite: Suite) -> list[str]:
     """Why a run folder that has checkpoints cannot go on measuring: its tasks were others, or step 0 is lost."""
-    file = suite.folder / "suite.json"
-    found: list[str] = []
     try:
-        stored = json.loads(file.read_text())["tasks"] if file.exists() else None
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{file} cannot be read ({error}); put it back, or use another run_dir"]
-    for name, task in describe(suite)["tasks"].items():
-        if stored is not None and stored.get(name) != task:
-            found.append(
-                f"task {name}: its items are not those that {file} says were measured before; put the data back, or "
-                "use another run_dir"
-            )
-    if found:
-        return found
-    try:
+        require_same(suite, suite.folder)
         read(suite.folder, suite.tasks)
     except BadInput as error:
         return error.problems
     return []
+
+
+def require_same(suite: Suite, folder: Path) -> None:
+    """That the evaluations in a folder are of the suite's tasks, measured alike. Keys that only one of the two has, of
+    another version of fullft, do not count, nor does a folder without suite.json.
+
+    Raises:
+        BadInput: they are not, or suite.json is damaged.
+    """
+    file = folder / "suite.json"
+    if not file.exists():
+        return
+    try:
+        stored = json.loads(file.read_text())["tasks"]
+        wrong = {name: _difference(task, stored.get(name)) for name, task in suite.described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{file} cannot be read ({error}); put it back, or use another run_dir") from None
+    if any(wrong.values()):
+        raise BadInput([
+            f"task {name}: {text} not those that {file} says were measured before; put them back, or use another "
+            "run_dir" for name, text in wrong.items() if text
+        ])  # fmt: skip
+
+
+def _difference(task: dict[str, Any], stored: dict[str, Any] | None) -> str:
+    """What of a task is not as it was, with its verb; empty if nothing."""
+    changed = [key for key in task if stored is not None and key in stored and stored[key] != task[key]]
+    if stored is None or {"items_sha256", "n"} & set(changed):
+        return "its items are"
+    if changed == ["tokens_sha256"]:
+        return "the tokens of its items (data.sequence_length, chat template, tokenizer) are"
+    return f"its {', '.join(key for key in changed if key != 'tokens_sha256')} are" if changed else ""
 
 
 def read(folder: Path, tasks: Sequence[Prepared]) -> dict[str, list[ItemRecord]]:

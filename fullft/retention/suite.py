@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -47,6 +48,11 @@ class Suite:
         self.base: dict[str, list[ItemRecord]] = {}  # rank 0: the records of step 0
         self._unwritten: dict[Path, str] = {}  # rank 0: of step 0, which a resume cannot do without
 
+    @functools.cached_property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """{task: what decides its numbers}."""
+        return {task.name: baseline.describe_task(task) for task in self.tasks}
+
     def plan(self, total_steps: int) -> None:
         """What the gate and the budget have to know of the run."""
         self.total_steps = self.budget.total_steps = total_steps
@@ -81,7 +87,7 @@ class Suite:
                     self._write_items(prepared, step, items)
         engine.train()
         self.budget.took(step, time.perf_counter() - started)
-        report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started, divergence))
+        report: Evaluation = from_main(lambda: self._report(step, measured, weights, started, divergence))
         return report
 
     def _report(
@@ -137,7 +143,7 @@ def _records(prepared: Prepared, results: list[dict[str, Any]]) -> list[ItemReco
     ]
 
 
-def _from_main(action: Callable[[], Any]) -> Any:
+def from_main(action: Callable[[], Any]) -> Any:
     """The result of an action of rank 0, on all ranks; a BadInput of it is raised on all. All ranks together."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
