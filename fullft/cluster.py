@@ -236,6 +236,9 @@ def run_on_ranks(action: Callable[[Cluster], None], if_bad_input: str) -> NoRetu
         code = EXIT_DONE
     except BadInput as error:
         exit_bad_input(error, me, if_bad_input)
+    except KeyboardInterrupt:
+        if me is None or me.is_main:
+            print("fullft: stopped; what is finished is kept", file=sys.stderr, flush=True)
     except BaseException:
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from fullft.retention.budget import too_long
 from fullft.retention.divergence import Divergence
 from fullft.retention.run import max_positions
 from fullft.retention.suite import Suite
-from fullft.state import REQUEUE
+from fullft.state import REQUEUE, read_json, status
 from fullft.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -175,8 +174,7 @@ def finished(recipe: Recipe) -> bool:
         check_run_folder(recipe)
     except BadInput:
         return False
-    state = recipe.run_folder / "state.json"
-    return state.exists() and json.loads(state.read_text()).get("status") == "done"
+    return status(recipe.run_folder) == "done"
 
 
 def stopped_by_gate(recipe: Recipe) -> str:
@@ -185,8 +183,7 @@ def stopped_by_gate(recipe: Recipe) -> str:
         check_run_folder(recipe)
     except BadInput:
         return ""
-    file = recipe.run_folder / "state.json"
-    state = json.loads(file.read_text()) if file.exists() else {}
+    state = read_json(recipe.run_folder / "state.json")
     return str(state["reason"]) if state.get("gate") == recipe.retention.gate_settings else ""
 
 

@@ -498,9 +498,10 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
         tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
-    if cluster.is_main:
+    if summary:
         tracker.say(summary["verdict"]["sentence"])
-    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
+    there = f", report in {recipe.run_folder / 'report.html'}" if summary else ""
+    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}{there}")
 
 
 def mark_failed(folder: Path, reason: str) -> None:

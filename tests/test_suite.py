@@ -22,7 +22,9 @@ from fullft.data.progress import progress
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import Recipe, Source, parse_recipe
+from fullft.retention import baseline
 from fullft.retention.budget import Budget, decide, evaluation_tokens, part_of, too_long
+from fullft.retention.suite import Suite
 from fullft.retention.tasks import Item, encode_pair, end_of_turn, prepare_tasks
 
 WORDS = ["fox", "lazy dog", "sharded ranks", "a model", "forget", "token", "answer"]
@@ -405,6 +407,28 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_tasks_measured_otherwise_are_not_compared_with(recipe: dict[str, Any]) -> None:
+    def suite(width: int) -> Suite:
+        chosen = parse_recipe(recipe, [f"data.sequence_length={width}", f"data.validation={recipe['data']['train']}"])
+        return Suite(chosen, AutoTokenizer.from_pretrained(recipe["model"]["path"]))
+
+    before, now = suite(32), suite(16)
+    file = now.folder / "suite.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(baseline.describe(before)))
+    baseline.require_same(before, before.folder)
+    with pytest.raises(BadInput, match=r"task validation: the tokens of its items \(data.sequence_length, "):
+        baseline.require_same(now, now.folder)
+    of_old_version = baseline.describe(before)
+    for key in ("tokens_sha256", "max_new_tokens", "answer_pattern"):
+        del of_old_version["tasks"]["validation"][key]
+    file.write_text(json.dumps(of_old_version))
+    baseline.require_same(now, now.folder)
+    file.write_text("{")
+    with pytest.raises(BadInput, match="cannot be read"):
+        baseline.require_same(now, now.folder)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from fullft import lease
 from fullft.recipe import Recipe
+from fullft.retention.baseline import file_name
 from fullft.retention.tasks import Item, Pair, Prepared, Prompt, Window
+from fullft.state import read_json
 
 _TIMED_STEPS = 5  # before the decision; of more than one the first is left out, which is slower
 _MOST_LOOKS = 20  # evaluations while training: more tell nothing more, and each is one more chance of a false alarm
@@ -85,7 +87,7 @@ class Budget:
         if self._known is None:
             found: list[Any] = [{}]
             if dist.get_rank() == 0:
-                found = [_read(self.file) or {"base_seconds": _seconds_of_base(self.file.parent)}]
+                found = [read_json(self.file) or {"base_seconds": _seconds_of_base(self.file.parent)}]
                 if found[0].get("asked") != self._asked():
                     found = [{"base_seconds": found[0].get("base_seconds")}]
             dist.broadcast_object_list(found, src=0)
@@ -145,17 +147,9 @@ def part_of(items: Sequence[Item], share: float) -> list[Item]:
     return sorted(chosen, key=lambda item: item.number)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    except (OSError, ValueError):
-        return None
-
-
 def _seconds_of_base(folder: Path) -> float | None:
     """What the evaluation at step 0 says that it took, where the budget was wished for later."""
-    return (_read(folder / "step-00000000.json") or {}).get("seconds")
+    return read_json(folder / f"{file_name(0)}.json").get("seconds")
 
 
 # Before training

@@ -14,10 +14,14 @@ import yaml
 from fullft import __version__, lease
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, fingerprint
+from fullft.retention import runlog
 from fullft.retention.report_page import page
-from fullft.retention.runlog import Log, evaluations, generations, read_json, read_log, rollbacks, thin
+from fullft.retention.runlog import Log, evaluations, generations, read_log, rollbacks, thin
 from fullft.retention.wording import Evaluation, change, gain, shown, verdict
+from fullft.state import read_json
 
+_FORMAT = "fullft-report/1"
+_OF_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)  # in a file that was read
 _COLUMNS = ("measures", "task", "number", "before", "after")
 
 
@@ -101,23 +105,46 @@ def table(run_folder: Path) -> str:
 
 def write_report(run_folder: Path, **state: Any) -> dict[str, Any]:
     """Write report.json and report.html of a run into its folder; returns the former. A full disk is told, and does
-    not keep the model from being exported.
+    not keep the model from being exported; nor does a damaged file, of which {} is returned.
 
     state: that of the end which state.json is going to tell, as the run gives up its folder with that."""
-    report = collect(run_folder, state)
+    try:
+        report = _collected(run_folder, state)
+        content = _page([report], [run_folder])
+    except BadInput as error:
+        print(f"WARNING: there is no report of this run: {error}", flush=True)
+        return {}
     try:
         lease.write(run_folder / "report.json", _json(report))
-        lease.write(run_folder / "report.html", page([report]))
+        lease.write(run_folder / "report.html", content)
     except OSError as error:
         print(f"WARNING: the report cannot be written ({error}); `fullft report {run_folder}` makes it", flush=True)
     return report
+
+
+def _collected(run_folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """`collect`. Raises BadInput for whatever a damaged file makes of it."""
+    try:
+        return collect(run_folder, state)
+    except _OF_DAMAGE as error:
+        raise BadInput(f"{run_folder}: a file in it is damaged ({type(error).__name__}: {error})") from None
+
+
+def _page(reports: list[dict[str, Any]], run_folders: Sequence[Path]) -> str:
+    """`page`. Raises BadInput for whatever a damaged file makes of it."""
+    try:
+        return page(reports)
+    except _OF_DAMAGE as error:
+        folders = ", ".join(map(str, run_folders))
+        raise BadInput(f"{folders}: a file there is damaged ({type(error).__name__}: {error})") from None
 
 
 def write_comparison(run_folders: Sequence[Path], out: Path, blend: Path | None = None) -> list[dict[str, Any]]:
     """Write one page of one run or several, and the same as JSON beside it; returns the report of each run.
 
     Raises:
-        BadInput: a folder is of no run, the blend is none, or a file cannot be written.
+        BadInput: a folder is of no run or has a damaged file, the blend is none, or a file cannot be written, or is
+            there and not a report of fullft.
     """
     problems = [
         f"{folder} is not a run folder of fullft (it has no recipe.yaml)"
@@ -128,18 +155,39 @@ def write_comparison(run_folders: Sequence[Path], out: Path, blend: Path | None 
         problems.append(f"--blend: {blend} is not a blend.json of `fullft blend --sweep`")
     if out.suffix != ".html":
         problems.append(f"--out: {out} does not end in .html")
+    problems += [
+        f"--out: {file} exists and is not a report of fullft, nothing is overwritten; give another name"
+        for file in (out, out.with_suffix(".json"))
+        if file.exists() and not _is_report(file)
+    ]
+    reports = []
+    for folder in run_folders:
+        try:
+            reports.append(_collected(folder) if (folder / "recipe.yaml").exists() else {})
+        except BadInput as error:
+            problems += error.problems
     if problems:
         raise BadInput(problems)
-    reports = [collect(folder) for folder in run_folders]
     if blend is not None:
-        reports[-1]["blend"] = read_json(blend)
+        reports[-1]["blend"] = runlog.blend(blend)
     _name_apart(reports, run_folders)
+    content = _page(reports, run_folders)
     try:
-        lease.write(out.with_suffix(".json"), _json(reports[0] if len(reports) == 1 else {"runs": reports}))
-        lease.write(out, page(reports))
+        together = {"format": _FORMAT, "runs": reports}
+        lease.write(out.with_suffix(".json"), _json(reports[0] if len(reports) == 1 else together))
+        lease.write(out, content)
     except OSError as error:
         raise BadInput(f"--out: {out} cannot be written: {error}") from None
     return reports
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is a page or a report.json of fullft, also of a version before it had a format."""
+    if file.suffix == ".html":
+        with file.open(errors="replace") as text:
+            return "<title>fullft" in text.read(5000)
+    content = read_json(file)
+    return content.get("format") == _FORMAT or {"verdict", "before_after"} <= content.keys() or "runs" in content
 
 
 def _name_apart(reports: list[dict[str, Any]], run_folders: Sequence[Path]) -> None:
@@ -165,8 +213,16 @@ def _finite(value: Any) -> Any:
 
 def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
     """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
-    state = read_json(run_folder / "state.json")
-    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), state, until)
+    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), _state(run_folder), until)
+
+
+def summary_or_none(run_folder: Path, until: int) -> dict[str, Any]:
+    """`summary`, or {} if a file is damaged, which is told: the model can be exported without."""
+    try:
+        return summary(run_folder, until)
+    except (BadInput, *_OF_DAMAGE) as error:
+        print(f"WARNING: what the run has come to is not told in the model card: {error}", flush=True)
+        return {}
 
 
 def _summary(
@@ -193,6 +249,12 @@ def _summary(
     }
 
 
+def _state(run_folder: Path) -> dict[str, Any]:
+    """Content of state.json; {}, as without it, if it does not say how the run stands."""
+    state = read_json(run_folder / "state.json")
+    return state if "status" in state else {}
+
+
 def _shares(log: Log) -> dict[str, dict[str, float]]:
     """{training set: {share of the tokens of the logged steps, epochs of it that were seen}}."""
     return {
@@ -215,22 +277,22 @@ def collect(run_folder: Path, state: dict[str, Any] | None = None) -> dict[str, 
 
     state: instead of that of state.json.
     """
-    state = state or read_json(run_folder / "state.json")
+    state = state or _state(run_folder)
     found, log = evaluations(run_folder), read_log(run_folder)
-    text = (run_folder / "recipe.yaml").read_text()
+    recipe, text = runlog.recipe(run_folder / "recipe.yaml")
     plan = read_json(run_folder / "plan.json")
-    report = {"format": "fullft-report/1", "run": run_folder.absolute().name}
+    report = {"format": _FORMAT, "run": run_folder.absolute().name}
     report |= _finite(
         _summary(run_folder, found, log, state, until=None)
         | {
             "state": state,
             "planned_steps": plan.get("steps"),
             "curves": {key: thin(*curve) for key, curve in sorted(log.curves.items())},
-            "blend": read_json(run_folder / "blend.json") or None,
+            "blend": runlog.blend(run_folder / "blend.json"),
             "rollbacks": rollbacks(run_folder),
             "generations": generations(run_folder),
             "warnings": [*plan.get("warnings", []), *_troubles(found, log, rollbacks(run_folder))],
-            "recipe": yaml.safe_load(text),
+            "recipe": recipe,
             "recipe_text": text,
             "environment": read_json(run_folder / "env.json"),
         }
@@ -257,7 +319,10 @@ def _troubles(found: list[Evaluation], log: Log, gone_back: list[dict[str, Any]]
 
 
 def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
-    """README.md of the exported model: what it was made from and how, and what it gained and lost."""
+    """README.md of the exported model: what it was made from and how, and what it gained and lost.
+
+    report: {} if there is none. Of the recipe is left out what is of the place and the people of the run, not of it.
+    """
     about: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["fullft"]}
     if not Path(recipe.model.path).exists():
         about |= {"base_model": recipe.model.path, "base_model_relation": "finetune"}
@@ -265,24 +330,31 @@ def model_card(recipe: Recipe, report: dict[str, Any]) -> str:
     if on_hub := sorted({one.path for one in sources.values() if _is_hub_name(one.path)}):
         about["datasets"] = on_hub
     base = f"`{recipe.model.path}`" + (f" (revision {recipe.model.revision})" if recipe.model.revision else "")
-    loss = f", last training loss {report['final_loss']:.4g}" if report["final_loss"] is not None else ""
+    loss = f", last training loss {report['final_loss']:.4g}" if report.get("final_loss") is not None else ""
+    long = f": {report['steps']:,} steps, {report['tokens']:,} tokens{loss}" if report else ""
     lines = [
         "---", yaml.safe_dump(about, sort_keys=False) + "---", "", f"# {recipe.run_folder.absolute().name}", "",
-        f"{base}, all parameters fine-tuned with fullft {__version__}: {report['steps']:,} steps, "
-        f"{report['tokens']:,} tokens{loss}.",
+        f"{base}, all parameters fine-tuned with fullft {__version__}{long}.",
     ]  # fmt: skip
-    if report["before_after"]:
+    if report.get("before_after"):
         lines += ["", report["verdict"]["sentence"]]
         lines += ["", "## Before and after", "", "Skill is what it was to learn, retention what it was to keep.", ""]
         lines += _markdown(_COLUMNS, [tuple(row.values()) for row in report["before_after"]])
-    if report["data"]:
+    if report.get("data"):
         shares = [
             (name, f"`{sources[name].path}`" if name in sources else "", f"{of['share']:.1%}", f"{of['epochs']:.2f}")
             for name, of in report["data"].items()
         ]
         lines += ["", "## Training data", "", *_markdown(("set", "from", "share of tokens", "epochs"), shares)]
-    lines += ["", "## Recipe", "", f"<details><summary>Every key (fingerprint {fingerprint(recipe)})</summary>", ""]
-    lines += ["```yaml", recipe.to_yaml() + "```", "", "</details>", ""]
+    lines += [
+        "",
+        "## Recipe",
+        "",
+        f"<details><summary>Keys of the training (fingerprint {fingerprint(recipe)})</summary>",
+        "",
+    ]
+    keys = recipe.model_dump(mode="json", exclude={"run_dir", "tracking"})
+    lines += ["```yaml", yaml.safe_dump(keys, sort_keys=False) + "```", "", "</details>", ""]
     return "\n".join(lines)
 
 

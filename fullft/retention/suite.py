@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -45,6 +46,11 @@ class Suite:
         self.total_steps = 0  # of the run, once the data are known (`plan`)
         self.base: dict[str, list[ItemRecord]] = {}  # rank 0: the records of step 0
         self._unwritten: dict[Path, str] = {}  # rank 0: of step 0, which a resume cannot do without
+
+    @functools.cached_property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """{task: what decides its numbers}."""
+        return {task.name: baseline.describe_task(task) for task in self.tasks}
 
     def plan(self, total_steps: int) -> None:
         """What the gate and the budget have to know of the run."""
