@@ -179,6 +179,7 @@ def test_a_resumed_run_is_one_run_with_every_step_once(tracked: Recipe) -> None:
     assert [alert.title for alert in of_kind(tracked.run_folder, "alert")] == ["the end"]
 
 
+@pytest.mark.slow
 def test_after_a_rollback_w_and_b_has_what_was_abandoned_and_what_came_instead(tracked: Recipe) -> None:
     retention = tracked.run_folder / "retention"
     retention.mkdir()
@@ -196,10 +197,13 @@ def test_after_a_rollback_w_and_b_has_what_was_abandoned_and_what_came_instead(t
         return [(row["_step"], row["train/global_step"], row["train/loss"]) for row in rows]
 
     assert values(history(tracked.run_folder)) == expected
+    assert [row["_step"] for row in history(tracked.run_folder) if "tables/retention._type" in row] == [6]
+    abandoned = {"time/evaluation_seconds": 1.0}
+    assert "tables/retention" in wandb_run._tables(tracked.run_folder, 6, abandoned)
+    assert not wandb_run._tables(tracked.run_folder, 6, abandoned | {wandb_run.ROLLBACKS: 1})
     with fake_wandb() as server:  # which has nothing, and is sent the same from other files
         send(tracked, server)
         assert values(server.history) == expected
-        assert [row["_step"] for row in server.history if "tables/retention" in row] == [6]
         assert [row.get("train/rollbacks", 0) for row in server.history] == [0] * 6 + [1] * 5
 
 
@@ -514,6 +518,7 @@ def test_online_a_killed_run_is_continued(tmp_path: Path) -> None:
         assert f"{server.url}/somebody/tests/runs/" in output
 
 
+@pytest.mark.slow
 def test_without_a_key_a_run_is_tracked_offline(tmp_path: Path) -> None:
     recipe = a_recipe(tmp_path, "online")
     assert "No API key" in log(recipe, 0, 3, "well", HOME=str(tmp_path))
