@@ -9,7 +9,7 @@ a second. This process follows metrics.jsonl, makes the tables of an evaluation 
 of alerts, artifacts and the end. What it says goes through another pipe to the trainer's terminal.
 
 W&B's history only grows, by a number of its own (`_step`), and charts are by train/global_step. The number of a row
-follows from its step and the rollbacks before it alone (`number`), so any process gives it the same. Each is sent once,
+follows from its step and the rollbacks before it alone (`row_number`), so any process gives it the same. Each is sent once,
 in order: rows that are logged again after a resume are not, what is trained after a rollback is. What was sent before
 is asked of whoever will hold the history: in online mode of the server; else of the offline .wandb files of earlier
 starts, which `wandb sync` will read. What an online start has sent since it asked may or may not have arrived: offline
@@ -103,7 +103,7 @@ class Trainer:
         os._exit(0)
 
 
-def number(row: dict[str, Any], rollbacks: list[dict[str, Any]]) -> int:
+def row_number(row: dict[str, Any], rollbacks: list[dict[str, Any]]) -> int:
     """Of a row in W&B's history: its optimizer step, and as many more as the rollbacks before it went back."""
     before = rollbacks[: row.get(ROLLBACKS, 0)]
     return int(row["step"] + sum(entry["from_step"] - entry["to_step"] for entry in before))
@@ -139,7 +139,7 @@ class Rows:
         for row in map(json.loads, lines):
             if row.get(ROLLBACKS, 0) > len(self._rollbacks):
                 self._rollbacks = rollback_entries(self._folder)
-            yield number(row, self._rollbacks), row
+            yield row_number(row, self._rollbacks), row
 
 
 def main() -> int:
@@ -222,7 +222,6 @@ def _start(folder: Path, mode: str, trainer: Trainer) -> tuple[Any, int]:
     import wandb
 
     known = read_json(folder / "wandb_run.json")
-
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     tracking, environment = recipe["tracking"], read_json(folder / "env.json")
     arguments: dict[str, Any] = {
@@ -251,7 +250,8 @@ def _start(folder: Path, mode: str, trainer: Trainer) -> tuple[Any, int]:
             _teardown()
     if run is not None:
         held = run.starting_step - 1
-        lease.write(folder / "wandb_run.json", json.dumps(known | {"delivered": held}))
+        with contextlib.suppress(OSError):  # disk full: a row may come twice
+            lease.write(folder / "wandb_run.json", json.dumps(known | {"delivered": held}))
         # What offline parts hold is now sent from metrics.jsonl: synced too, it would come twice.
         for part in folder.glob("wandb/offline-run-*"):
             part.rename(part.with_name(f"superseded-{part.name}"))
