@@ -321,6 +321,7 @@ def send(run_dir: Path, workspace: bool) -> int:
     import subprocess
 
     from fullft.lease import is_owned
+    from fullft.wandb_run import END_SECONDS
 
     if not (run_dir / "metrics.jsonl").exists():
         raise BadInput(f"{run_dir} is not a run folder of fullft (it has no metrics.jsonl)")
@@ -331,7 +332,7 @@ def send(run_dir: Path, workspace: bool) -> int:
 
         require()
     (run_dir / "wandb").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send"]
+    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send", str(END_SECONDS)]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if workspace and not code:
         from fullft.workspace import save

@@ -16,7 +16,6 @@ from fullft.retention.gate import can_breach
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
 from fullft.retention.wording import amount
-from fullft.retention.wording import amount
 
 if TYPE_CHECKING:
     from fullft.retention.suite import Suite

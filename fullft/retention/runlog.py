@@ -109,12 +109,19 @@ def metrics(run_folder: Path, until: int | None = None) -> Iterator[dict[str, An
 def rollbacks(run_folder: Path) -> list[dict[str, Any]]:
     """Those that the gate made, oldest first: entries of retention/rollbacks.json, each with "evaluations", those of
     the steps that were abandoned."""
+    entries = rollback_entries(run_folder)
+    for number, entry in enumerate(entries, start=1):
+        aside = sorted((run_folder / "retention" / f"rollback-{number}").glob("step-*.json"))
+        entry["evaluations"] = [_evaluation(path) for path in aside]
+    return entries
+
+
+def rollback_entries(run_folder: Path) -> list[dict[str, Any]]:
+    """Content of retention/rollbacks.json, oldest first; as the gate makes them, see rollback.py. Raises BadInput if
+    that is damaged."""
     file = run_folder / "retention" / "rollbacks.json"
     with whole(file):
         entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-        for number, entry in enumerate(entries, start=1):
-            aside = sorted((run_folder / "retention" / f"rollback-{number}").glob("step-*.json"))
-            entry["evaluations"] = [_evaluation(path) for path in aside]
     return entries
 
 
@@ -161,21 +168,23 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = _POINTS) -
     }  # fmt: skip
 
 
-def generations(run_folder: Path) -> list[dict[str, Any]]:
-    """Answers to the same prompts at the first and the last evaluation that have some.
+def generations(run_folder: Path, step: int | None = None, aside: Path | None = None) -> list[dict[str, Any]]:
+    """Answers to the same prompts at the first evaluation that has some and at that of `step`, the last by default;
+    `aside`: where a rollback has put those of `step`.
 
     Returns:
         [{"task", "prompt", "reference", "base", "base_correct", "base_step", "tuned", "tuned_correct", "tuned_step"}]
     """
-    files: dict[str, dict[int, Path]] = {}
-    for path in (run_folder / "samples").glob("step-*.jsonl"):
+    samples = run_folder / "samples"
+    steps: dict[str, list[int]] = {}
+    for path in samples.glob("step-*.jsonl"):
         if match := re.fullmatch(r"step-(\d+)\.(.+)\.jsonl", path.name):
-            files.setdefault(match[2], {})[int(match[1])] = path
+            steps.setdefault(match[2], []).append(int(match[1]))
     pairs = []
-    for task, by_step in sorted(files.items()):
-        first, last = min(by_step), max(by_step)
-        before = {row["prompt"]: row for row in _answers(by_step[first])}
-        for now in _answers(by_step[last])[:_GENERATIONS]:
+    for task, evaluated in sorted(steps.items()):
+        first, last = min(evaluated), max(evaluated) if step is None else step
+        before = {row["prompt"]: row for row in _answers(samples / f"step-{first:08d}.{task}.jsonl")}
+        for now in _answers((aside or samples) / f"step-{last:08d}.{task}.jsonl")[:_GENERATIONS]:
             if (then := before.get(now["prompt"])) and last > first:
                 pairs.append({
                     "task": task, "prompt": _cut(now["prompt"]), "reference": _cut(str(now.get("reference") or "")),
