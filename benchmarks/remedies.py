@@ -158,7 +158,8 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     def step(number: int) -> None:
         batches = list(inputs.batches.of_step(number, me.rank))
         task, replay, _ = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(task, replay, inputs.batches.replay_label_weight, own.train.kl_weight)
+        of_kl = own.train.kl_weight / inputs.batches.replay_labels_of_step
+        weights = LabelWeights.of_step(task, replay, inputs.batches.replay_label_weight, of_kl)
         for batch in (batch.to(engine.device) for batch in batches):
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
             nats = token_cross_entropy(logits, labels)

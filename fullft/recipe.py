@@ -203,8 +203,9 @@ class Train(Section):
     )  # fmt: skip
     l2_pull_offload: bool = Field(False, description="keep the base weights of l2_pull in host memory")
     kl_weight: float = Field(
-        0.0, ge=0, description="weight of the KL divergence from the base model on the replay rows, nats a token"
-    )
+        0.0, ge=0, description="weight in the loss of the KL divergence from the base model: that times the mean over "
+        "the run's replay tokens, nats a token; of each step in proportion to its replay tokens"
+    )  # fmt: skip
     kl_reference: Literal["cache", "model"] = Field(
         "cache", description="the base model of kl_weight: its likeliest tokens on the replay rows, computed before "
         "the first step, or a second copy of it in ZeRO-3 shards (exact)"

@@ -77,9 +77,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(
-            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight * gentler.pull
-        )
+        of_kl = recipe.train.kl_weight * gentler.pull / inputs.batches.replay_labels_of_step
+        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, of_kl)
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fullft.data.batches import Batches, Geometry
 from fullft.data.cache import open_sets
-from fullft.data.mixture import replay_label_weight
+from fullft.data.mixture import labels_of_step, replay_label_weight
 from fullft.data.sequences import open_sequences
 from fullft.data.training import build_batches
 from fullft.errors import BadInput
@@ -94,7 +94,7 @@ def reference_run(recipe: dict[str, Any], cache: Path) -> dict[str, Any]:
         task, replay = (torch.cat(nats[kind]) if nats[kind] else torch.zeros(0) for kind in (False, True))
         weight = order.replay_label_weight
         loss = (task.sum() + weight * replay.sum()) / (len(task) + weight * len(replay))
-        (loss + train.kl_weight * torch.cat(kl).mean()).backward()
+        (loss + train.kl_weight * torch.cat(kl).sum() / order.replay_labels_of_step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
         rate = train.learning_rate * 0.5 * (1 + math.cos(math.pi * step / STEPS))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):
@@ -299,6 +299,7 @@ def test_replay_has_its_share_of_the_loss(remedied: dict[str, Any], tmp_path: Pa
             labels[int(batch.replay[0])] += int((batch.labels != IGNORE).sum())
     replay = batches.replay_label_weight * labels[1]
     assert replay / (labels[0] + replay) == pytest.approx(0.3, abs=0.01)
+    assert batches.replay_labels_of_step == pytest.approx(labels[1] / 40, rel=0.02)
     del remedied["data"]["replay_weight"]  # default: the share of the tokens
     assert batches_of(remedied, tmp_path / "cache").replay_label_weight == pytest.approx(
         batches.replay_label_weight * (0.5 / 0.5) / (0.3 / 0.7)
@@ -310,13 +311,29 @@ def test_weight_of_a_replay_label() -> None:
     weight = replay_label_weight((3, 1), (10.0, 100.0), 1, 0.2)
     assert weight * 100 / (30 + weight * 100) == pytest.approx(0.2)
     assert replay_label_weight((3,), (10.0,), 1, 0.0) == 1
+    assert labels_of_step((3, 1), (10.0, 100.0), 1, 8) == 200  # 2 of 8 sequences
+
+
+def test_weight_of_the_divergence_does_not_depend_on_the_batch() -> None:
+    """The same rows in steps of 4 or of 1: the same sum over the run; and a short row weighs by its labels."""
+    labels, nats = torch.tensor([1.0, 50, 2, 47]), torch.tensor([9.0, 100, 4, 80])
+    replay = torch.ones(4, dtype=torch.bool)
+    kl_weight, zero = 0.5, torch.zeros(4)
+    whole = LabelWeights.of_step(0, float(labels.sum()), 0.0, kl_weight / labels_of_step((1,), (25.0,), 0, 4))
+    single = [
+        LabelWeights.of_step(0, float(count), 0.0, kl_weight / labels_of_step((1,), (25.0,), 0, 1)) for count in labels
+    ]
+    parts = [float(one.loss(zero[:1], nats[at : at + 1], replay[:1])) for at, one in enumerate(single)]
+    assert sum(parts) / 4 == pytest.approx(float(whole.loss(zero, nats, replay)))
+    assert sum(parts) / 4 == pytest.approx(kl_weight * float(nats.sum() / labels.sum()))
+    assert parts[0] / parts[1] == pytest.approx(9 / 100)
 
 
 def test_loss_of_a_step_is_a_weighted_mean() -> None:
     nats, kl = torch.tensor([3.0, 4.0]), torch.tensor([0.0, 2.0])
     replay = torch.tensor([False, True])
-    weights = LabelWeights.of_step(task_labels=3, replay_labels=2, replay_label_weight=0.5, kl_weight=0.1)
-    assert float(weights.loss(nats, kl, replay)) == pytest.approx((3 + 0.5 * 4) / (3 + 0.5 * 2) + 0.1 * 2 / 2)
+    weights = LabelWeights.of_step(task_labels=3, replay_labels=2, replay_label_weight=0.5, kl=0.1 / 4)
+    assert float(weights.loss(nats, kl, replay)) == pytest.approx((3 + 0.5 * 4) / (3 + 0.5 * 2) + 0.1 * 2 / 4)
     plain = LabelWeights.of_step(7, 0, 0.5, 0.1)
     assert plain.task == 1 / 7
     assert LabelWeights.of_step(0, 5, 0.0, 0.0).replay == 0  # a step of nothing but replay that does not count
