@@ -26,7 +26,7 @@ def main() -> None:
     config = engine.fill_config(engine.read_config(recipe), recipe, plan, hidden, precision)
     loaded = model.load(recipe, config, load_tokenizer(recipe.model))
     running = engine.start(loaded, build_optimizer(loaded, recipe.train, offload=False), config)
-    attach(running, recipe.train)
+    attach(running, recipe.train, {})
     for _ in range(2):
         running.backward(running(input_ids=IDS, labels=IDS, use_cache=False).loss, scale_wrt_gas=False)
         running.step()
