@@ -265,10 +265,12 @@ def test_reference_model_gives_the_whole_divergence(remedied: dict[str, Any], la
 @pytest.mark.ranks
 def test_the_average_is_put_in_and_out_again_bit_for_bit(recipe: dict[str, Any], tmp_path: Path) -> None:
     """With parameters that ZeRO keeps whole, as it does small ones; also when a signal ends the evaluation."""
-    recipe["train"]["ema_decay"] = 0.5
+    recipe["train"] |= {"ema_decay": 0.5, "l2_pull": 1.0}
+    recipe["model"] |= {"new_tokens": ["<|call|>"], "vocabulary_multiple": 64}
     config = str(write_recipe(recipe, tmp_path / "recipe.yaml"))
     command = [*torchrun(2), str(Path(__file__).parent / "averaged_weights.py"), config]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    assert done.stdout.count("new rows are left alone") == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("bit for bit") == 2, done.stdout[-2000:] + done.stderr[-4000:]
 
 
