@@ -75,7 +75,8 @@ class Suite:
             Preempted: a signal came to a rank; on all ranks after the same batch.
             BadInput: the items of step 0 are not there, or are others.
         """
-        started = time.perf_counter() if started is None else started
+        called = time.perf_counter()
+        started = called if started is None else started
         engine.eval()
         tasks = self.budget.tasks(self.tasks, step)
         measured: dict[str, list[ItemRecord]] = {}
@@ -86,7 +87,7 @@ class Suite:
                 if dist.get_rank() == 0:
                     self._write_items(prepared, step, items)
         engine.train()
-        self.budget.took(step, time.perf_counter() - started)
+        self.budget.took(step, time.perf_counter() - started, called - started)
         report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started, divergence))
         return report
 
