@@ -147,7 +147,7 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     unset_hf_deepspeed_config()  # else the next model on the meta device would be cut into shards
     optimizer = build_optimizer(loaded, own.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
-    attach(engine, own.train)
+    pull = attach(engine, own.train, {})
     divergence = None
     if own.train.kl_weight:
         if me.is_main:
@@ -158,7 +158,8 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     def step(number: int) -> None:
         batches = list(inputs.batches.of_step(number, me.rank))
         task, replay, _ = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(task, replay, inputs.batches.replay_label_weight, own.train.kl_weight)
+        of_kl = own.train.kl_weight / inputs.batches.replay_labels_of_step
+        weights = LabelWeights.of_step(task, replay, inputs.batches.replay_label_weight, of_kl)
         for batch in (batch.to(engine.device) for batch in batches):
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
             nats = token_cross_entropy(logits, labels)
@@ -167,6 +168,8 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
         for group in engine.optimizer.param_groups:
             group["lr"] = own.train.learning_rate * group["lr_scale"]
         engine.step()
+        if pull is not None:
+            pull.distance()  # of every row that is logged, by default each step's
 
     return step
 

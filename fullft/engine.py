@@ -108,6 +108,12 @@ def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"zero_optimization": zero}
 
 
+def with_parameters_on_host(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the parameters' shards in host memory, from where each layer comes when it is run."""
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return config | {"zero_optimization": config["zero_optimization"] | {"offload_param": offload}}
+
+
 def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str, Any]) -> Any:
     """The engine around the model; afterwards parameters, gradients and optimizer state are sharded over the ranks.
 

@@ -73,14 +73,19 @@ class LabelWeights:
     kl: float
 
     @staticmethod
-    def of_step(task_labels: float, replay_labels: float, replay_label_weight: float, kl_weight: float) -> LabelWeights:
+    def of_step(task_labels: float, replay_labels: float, replay_label_weight: float, kl: float) -> LabelWeights:
         """From the numbers of labels in the global batch, the same on all ranks.
 
         The cross-entropy is the mean over all labels, replay's counting `replay_label_weight`; it is the plain mean in
-        a step without replay rows. The divergence is `kl_weight` times its mean over the replay labels.
+        a step without replay rows.
+
+        Args:
+            kl: train.kl_weight over the replay labels that a step of the run has on average. So the divergence in the
+                loss is, over the steps, kl_weight × its mean over replay labels, and a label counts the same in each:
+                a mean over the step's own labels would give a short row that is the only one all the weight.
         """
         whole = task_labels + replay_label_weight * replay_labels or 1.0  # 0 in a step of replay that does not count
-        return LabelWeights(1 / whole, replay_label_weight / whole, kl_weight / max(replay_labels, 1))
+        return LabelWeights(1 / whole, replay_label_weight / whole, kl)
 
     def loss(self, nats: torch.Tensor, kl: torch.Tensor, replay: torch.Tensor) -> torch.Tensor:
         """This micro-batch's part of the step's loss, a scalar; `nats`, `kl`, `replay`: [batch], of each row."""

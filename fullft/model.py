@@ -104,6 +104,26 @@ def vocabulary_parameters(model: PreTrainedModel) -> list[str]:
     return [name for name, one in model.named_parameters(remove_duplicate=False) if id(one) in own]
 
 
+def new_rows(
+    recipe: Recipe, model: PreTrainedModel, deepspeed_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[tuple[int, int]]]:
+    """Rows that are no base model's: of new tokens, and those that its files lack; by parameter, (first element, last
+    + 1) of runs of them, flattened. `model` may be on the meta device."""
+    if not recipe.model.grows:
+        return {}
+    stored = weights_of(recipe, model, deepspeed_config).stored
+    ids = tokenizer.convert_tokens_to_ids(list(recipe.model.new_tokens))
+    found = {}
+    for name in vocabulary_parameters(model):
+        rows, *inner = model.get_parameter(name).shape
+        width, runs = math.prod(inner), list[tuple[int, int]]()
+        for row in sorted({*ids, *range(stored[name].shape[0], rows)}):
+            start = runs.pop()[0] if runs and runs[-1][1] == row * width else row * width
+            runs.append((start, (row + 1) * width))
+        found[name] = runs
+    return found
+
+
 def weights_of(recipe: Recipe, meta: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Weights:
     """Where the weights of a model are, why transformers has to load them if it has, and what of them does not fit.
 

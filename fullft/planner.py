@@ -33,6 +33,7 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     state = {name: size * shard for name, size in state.items()}
     on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
     on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
+    on_host += ("reference_model",) if train.kl_reference_offload else ()
     checkpoint = (16 if train.ema_decay else 12) * facts.parameters
     # The best is another one than the newest only if there are evaluations between.
     retention = recipe.retention
@@ -46,6 +47,7 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
         "world_size": world_size,
         "state_bytes_per_rank": state,
         "device_bytes_per_rank": sum(size for name, size in state.items() if name not in on_host),
+        "host_bytes_per_rank": sum(size for name, size in state.items() if name in on_host),
         "largest_gathered_parameter_bytes": low * facts.largest_parameter,
         "checkpoint_bytes": checkpoint,
         "export_dtype": export_dtype,

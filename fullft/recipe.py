@@ -203,15 +203,17 @@ class Train(Section):
     )  # fmt: skip
     l2_pull_offload: bool = Field(False, description="keep the base weights of l2_pull in host memory")
     kl_weight: float = Field(
-        0.0, ge=0, description="weight of the KL divergence from the base model on the replay rows, nats a token"
-    )
+        0.0, ge=0, description="weight in the loss of the KL divergence from the base model: that times the mean over "
+        "the run's replay tokens, nats a token; of each step in proportion to its replay tokens"
+    )  # fmt: skip
     kl_reference: Literal["cache", "model"] = Field(
         "cache", description="the base model of kl_weight: its likeliest tokens on the replay rows, computed before "
         "the first step, or a second copy of it in ZeRO-3 shards (exact)"
     )  # fmt: skip
+    kl_reference_offload: bool = Field(False, description="keep the second copy of kl_reference: model in host memory")
     ema_decay: float = Field(
         0.0, ge=0, lt=1, description="keep an exponential moving average of the weights, 4 bytes a parameter over all "
-        "ranks, which is what is evaluated and exported; 0: off"
+        "ranks, which is what is evaluated and exported; lower in the first steps t, at most (1 + t) / (10 + t); 0: off"
     )  # fmt: skip
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 on GPU, fp32 on CPU"
@@ -240,6 +242,12 @@ class Train(Section):
             problems.append(
                 f"learning_rate × l2_pull is {self.learning_rate * self.l2_pull:g}, above 1: beyond the base"
             )
+        if self.l2_pull_offload and not self.l2_pull:
+            problems.append("l2_pull_offload does nothing without l2_pull")
+        if self.kl_reference == "model" and not self.kl_weight:
+            problems.append("kl_reference does nothing without kl_weight")
+        if self.kl_reference_offload and self.kl_reference != "model":
+            problems.append("kl_reference_offload does nothing without kl_reference: model")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -280,24 +288,27 @@ class Task(Section):
         "retention", description="retention: what the base model could do; skill: what it is to learn"
     )
     data: SourceLike | None = Field(None, description="rows to measure on; not for kind harness")
-    metric: Literal["acc", "acc_norm"] = Field(
-        "acc", description="multiple_choice: by log-likelihood, or by that over the characters of the choice"
-    )
+    metric: Literal["acc", "acc_norm"] | None = Field(
+        None, description="multiple_choice: by log-likelihood (default), or by that over the characters of the choice; "
+        "harness: that of the task, default acc if it has it, else its first mean over items"
+    )  # fmt: skip
     cluster_field: str | None = Field(
         None,
         description="column that says which rows belong together (passage, subject), so that errors count them once",
     )
     max_drop: float | None = Field(
-        None, ge=0, description="largest loss allowed, in the task's unit; default: retention.gate.max_drop"
-    )
+        None, ge=0, description="retention tasks: largest loss allowed, in the task's unit; default: "
+        "retention.gate.max_drop"
+    )  # fmt: skip
     harness_task: str | None = Field(None, description="harness: name of the task; default: name")
     harness_path: str | None = Field(None, description="harness: folder with task files of your own (YAML)")
     num_fewshot: int | None = Field(None, ge=0, description="harness: examples in the prompt; default: the task's")
     limit: int | None = Field(None, ge=1, description="harness: take only the first items")
     answer_pattern: Annotated[str | None, AfterValidator(_compiles)] = Field(
-        None, description="regular expression; its last match (group 1 if any) in answer and reference is compared"
-    )
-    max_new_tokens: int = Field(256, ge=1, description="longest generated answer, tokens")
+        None, description="generate: regular expression, whose last match (group 1 if any) in answer and reference is "
+        "compared"
+    )  # fmt: skip
+    max_new_tokens: int = Field(256, ge=1, description="generate: longest answer, tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -317,6 +328,31 @@ class Task(Section):
             raise ValueError(f"kind {self.kind} {'needs data' if self.data is None else 'has its own data'}")
         return self
 
+    @model_validator(mode="after")
+    def _does_what_it_says(self) -> Task:
+        """A key that its kind ignores would pass for a setting. One that is as by default may stand: stored recipes
+        have every key."""
+        given = [name for name, field in Task.model_fields.items() if getattr(self, name) != field.default]
+        problems = [
+            f"{name} is for kind {' or '.join(_KINDS_OF[name])}, this is {self.kind}"
+            for name in given
+            if name in _KINDS_OF and self.kind not in _KINDS_OF[name]
+        ]
+        if self.limit is not None and self.data is not None:
+            problems.append("the rows of this kind are limited by data.limit")
+        if self.max_drop is not None and self.measures == "skill":
+            problems.append("max_drop is for retention tasks, this one measures a skill")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+_KINDS_OF = {
+    "limit": ("harness",), "num_fewshot": ("harness",), "harness_path": ("harness",), "harness_task": ("harness",),
+    "metric": ("multiple_choice", "harness"), "cluster_field": ("text", "multiple_choice", "generate"),
+    "answer_pattern": ("generate",), "max_new_tokens": ("generate",),
+}  # fmt: skip
+
 
 class Gate(Section):
     """What happens when a retention task has lost more than is allowed, beyond doubt."""
@@ -335,6 +371,15 @@ class Gate(Section):
     rollback_pull_factor: float = Field(1.0, ge=1, description="l2_pull and kl_weight after it, over those before")
     max_rollbacks: int = Field(2, ge=1, description="rollbacks of a run; the next breach stops it")
 
+    @model_validator(mode="after")
+    def _rollback_changes_something(self) -> Gate:
+        if self.action == "rollback" and self.rollback_lr_factor == self.rollback_pull_factor == 1:
+            raise ValueError(
+                "with rollback_lr_factor 1 and rollback_pull_factor 1 the same training would be done again after a "
+                "rollback; lower the one, or raise the other"
+            )
+        return self
+
 
 class Retention(Section):
     every_steps: int | None = Field(
@@ -347,8 +392,9 @@ class Retention(Section):
     )  # fmt: skip
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the confidence intervals")
     kl_tokens: int = Field(
-        16384, ge=0, description="tokens of the training data, and of general text (replay, else text tasks), on which "
-        "the KL divergence from the base model is measured; 0: not measured"
+        16384, ge=0, description="tokens of the training data, and of general text (text tasks of retention; without "
+        "any the replay rows, which are trained on), on which the KL divergence from the base model is measured; 0: "
+        "not measured"
     )  # fmt: skip
     kl_top_k: int = Field(64, ge=1, description="tokens of the base model's distribution that are kept for it")
     gate: Gate = Gate()  # type: ignore[call-arg]
@@ -414,6 +460,14 @@ class Recipe(Section):
         "ds_configs/zero3.json", description="DeepSpeed configuration; its `auto` values are filled in"
     )
 
+    @model_validator(mode="after")
+    def _pull_grows(self) -> Recipe:
+        if self.retention.gate.rollback_pull_factor > 1 and not (self.train.l2_pull or self.train.kl_weight):
+            raise ValueError(
+                "retention.gate.rollback_pull_factor: multiplies train.l2_pull and train.kl_weight, and both are 0"
+            )
+        return self
+
     @property
     def run_folder(self) -> Path:
         return Path(self.run_dir)
@@ -437,7 +491,7 @@ _MAY_CHANGE_ON_RESUME = (
     "train.micro_batch_size",
     "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
-    "train.l2_pull_offload", "model.trust_remote_code",
+    "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",
 )  # fmt: skip
 _LIMIT_OF_TASK = re.compile(r"retention\.tasks\.\d+\.max_drop")  # may change as well
 

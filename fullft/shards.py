@@ -98,6 +98,16 @@ def optimizer_shards(engine: Any) -> Iterator[tuple[str, Any, dict[str, torch.Te
         yield name, parameter, {state: _shard(engine, parameter, state) for state in states}
 
 
+def place_in_flat(engine: Any, parameter: Any) -> tuple[torch.Tensor, int]:
+    """The flat group of fp32 weights that has this rank's shard of a parameter, and where in it that begins."""
+    shard = _shard(engine, parameter, "weight")
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        at = (shard.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if flat.device == shard.device and 0 <= at < len(flat):
+            return flat, at
+    raise RuntimeError("a parameter's shard is in none of the optimizer's groups")
+
+
 def _shard(engine: Any, parameter: Any, state: str) -> torch.Tensor:
     # Not safe_get_local_fp32_param: it brings shards of an offloaded optimizer to the GPU, which may not hold them all.
     shard: torch.Tensor

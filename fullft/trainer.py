@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fullft import checkpoint, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
 from fullft.data.batches import Batch, Batches
-from fullft.engine import for_evaluation, offloads_optimizer, start
+from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
@@ -79,9 +79,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         watchdog.mark("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
-        weights = LabelWeights.of_step(
-            task_labels, replay_labels, inputs.batches.replay_label_weight, recipe.train.kl_weight * gentler.pull
-        )
+        of_kl = recipe.train.kl_weight * gentler.pull / inputs.batches.replay_labels_of_step
+        weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, of_kl)
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):
@@ -196,7 +195,7 @@ def set_up(
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
-    pull = attach(engine, recipe.train)
+    pull = attach(engine, recipe.train, model.new_rows(recipe, inputs.meta, inputs.deepspeed_config, inputs.tokenizer))
     trainable = sum(parameter.ds_numel for parameter in engine.module.parameters() if parameter.requires_grad)
     if trainable != inputs.facts.parameters:
         raise RuntimeError(
@@ -274,6 +273,7 @@ def know_base(
     watchdog.mark("base model")
     if recipe.train.kl_reference == "model":
         config = for_evaluation(inputs.deepspeed_config)
+        config = with_parameters_on_host(config) if recipe.train.kl_reference_offload else config
         loaded = model.load(recipe, config, inputs.tokenizer).requires_grad_(False)
         base = start(loaded, None, config)
         base.eval()
@@ -297,12 +297,13 @@ class Measured:
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measured | None:
     """Run the retention suite; its numbers and what the gate decides, or None if a signal came to a rank."""
-    started = time.perf_counter()
     watchdog.mark("evaluation", step)
     try:
+        inputs.divergence.know_base(engine, step, tracker.say)  # once, so it is not what an evaluation takes
+        started = time.perf_counter()
         with averaged(engine) as weights:
-            distance = inputs.divergence.measure(engine, step, tracker.say)
-            report = inputs.suite.evaluate(engine, step, weights, distance)
+            distance = inputs.divergence.measure(engine, tracker.say)
+            report = inputs.suite.evaluate(engine, step, weights, distance, started)
     except Preempted:
         tracker.say(f"evaluation at step {step} abandoned; it is done when the run goes on")
         return None

@@ -52,6 +52,8 @@ def test_a_task_becomes_items_with_prompts_of_its_own(folder: Path, tokenizer: P
     assert (len(task.items), task.kind, task.metric, task.higher_is_better) == (3, "value", "acc_norm", True)
     assert task.chance == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
     assert task.max_drop == 0.5
+    problem = told(tokenizer, "local_answer", folder, metric="acc_norm")
+    assert "it has no acc_norm, its means over items are exact_match; leave it out for exact_match" in problem
     text = prepared(tokenizer, "local_text", folder)
     assert (text.kind, text.metric, text.higher_is_better, text.chance) == ("text", "bits_per_byte", False, None)
     with_examples = prepared(tokenizer, "shots", folder, harness_task="local_plain", num_fewshot=2)

@@ -120,6 +120,36 @@ def test_task_names_must_differ() -> None:
     assert "once" not in problem
 
 
+def test_a_rollback_that_changes_nothing_is_refused() -> None:
+    (problem,) = problems("retention.gate.action=rollback", "retention.gate.rollback_lr_factor=1")
+    assert problem.startswith("retention.gate: with rollback_lr_factor 1")
+    gate = ("retention.gate.action=rollback", "retention.gate.rollback_lr_factor=1")
+    parse(*gate, "retention.gate.rollback_pull_factor=2", "train.l2_pull=1")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("text", "limit", 3), ("text", "num_fewshot", 0), ("generate", "harness_path", "x"), ("text", "metric", "acc"),
+        ("multiple_choice", "harness_task", "x"), ("harness", "cluster_field", "x"), ("generate", "metric", "acc"),
+        ("harness", "answer_pattern", "x"), ("harness", "max_new_tokens", 9), ("text", "max_new_tokens", 9),
+    ],
+)  # fmt: skip
+def test_a_key_that_the_kind_of_a_task_ignores_is_refused(kind: str, key: str, value: Any) -> None:
+    task = {"name": "t", "kind": kind, key: value} | ({} if kind == "harness" else {"data": "x.jsonl"})
+    (problem,) = problems(retention={"tasks": [task]})
+    assert problem.startswith(f"retention.tasks.0: {key} is for kind")
+    assert ("data.limit" in problem) == (key == "limit")
+
+
+def test_a_skill_has_no_largest_loss_and_a_stored_recipe_keeps_its_defaults() -> None:
+    task = {"name": "t", "kind": "text", "data": "x.jsonl", "measures": "skill"}
+    (problem,) = problems(retention={"tasks": [task | {"max_drop": 0.1}]})
+    assert "max_drop is for retention tasks" in problem
+    stored = parse(retention={"tasks": [task, {"name": "h", "kind": "harness", "limit": 3, "metric": "acc_norm"}]})
+    assert parse_recipe(yaml.safe_load(stored.to_yaml())) == stored  # which has every key
+
+
 def test_an_answer_pattern_that_is_no_regular_expression_is_told_with_its_key() -> None:
     task = {"name": "sums", "kind": "generate", "data": "x.jsonl", "answer_pattern": "(unclosed"}
     (problem,) = problems(retention={"tasks": [task]})
@@ -320,9 +350,17 @@ def test_every_number_names_its_unit() -> None:
             assert any(unit in f"{key} {field.description}" for unit in units), f"{key}: {field.description}"
 
 
-def changed(*overrides: str, **sections: Any) -> set[str]:
-    """The keys by which `identity` tells the changed recipe from the smallest one."""
-    before, after = identity(parse()), identity(parse(*overrides, **sections))
+# What a key does nothing without, and is refused.
+NEEDS = {
+    "train.l2_pull_offload": ("train.l2_pull=0.1",), "train.kl_reference": ("train.kl_weight=0.1",),
+    "train.kl_reference_offload": ("train.kl_weight=0.1", "train.kl_reference=model"),
+    "retention.gate.rollback_pull_factor": ("train.l2_pull=0.1",),
+}  # fmt: skip
+
+
+def changed(*overrides: str, needs: tuple[str, ...] = (), **sections: Any) -> set[str]:
+    """The keys by which `identity` tells the changed recipe from the smallest one (with what the change needs)."""
+    before, after = identity(parse(*needs)), identity(parse(*needs, *overrides, **sections))
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
 
 
@@ -341,6 +379,7 @@ FREE = {
     "retention.max_overhead": "0.1", "retention.confidence": "0.9", "retention.gate.action": "stop",
     "retention.gate.max_drop": "0.5", "retention.gate.patience": "3", "retention.gate.rollback_lr_factor": "0.2",
     "retention.gate.rollback_pull_factor": "2", "retention.gate.max_rollbacks": "1", "train.l2_pull_offload": "true",
+    "train.kl_reference_offload": "true",
 }  # fmt: skip
 FIXED = {
     "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
@@ -366,13 +405,20 @@ def test_the_lists_of_free_and_fixed_keys_are_complete() -> None:
 
 @pytest.mark.parametrize("key", FREE)
 def test_a_key_that_may_change_on_resume_is_no_part_of_the_identity(key: str) -> None:
-    assert changed(f"{key}={FREE[key]}") == set()
+    assert changed(f"{key}={FREE[key]}", needs=NEEDS.get(key, ())) == set()
 
 
 @pytest.mark.parametrize("key", FIXED)
 def test_a_key_that_decides_the_numbers_is_part_of_the_identity(key: str) -> None:
-    assert changed(f"{key}={FIXED[key]}") == {key}
-    assert fingerprint(parse(f"{key}={FIXED[key]}")) != fingerprint(parse())
+    needs = NEEDS.get(key, ())
+    assert changed(f"{key}={FIXED[key]}", needs=needs) == {key}
+    assert fingerprint(parse(*needs, f"{key}={FIXED[key]}")) != fingerprint(parse(*needs))
+
+
+@pytest.mark.parametrize("key", NEEDS)
+def test_a_key_that_does_nothing_without_another_is_refused(key: str) -> None:
+    (problem,) = problems(f"{key}={(FREE | FIXED)[key]}")
+    assert key.rpartition(".")[2] in problem
 
 
 def test_data_sets_and_tasks_are_part_of_the_identity() -> None:

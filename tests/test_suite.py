@@ -361,6 +361,12 @@ def test_the_budget_picks_how_often_or_how_many(
     assert base is None or looks * share * base <= overhead * 100 + 1e-9
 
 
+def test_the_part_of_the_items_makes_up_for_what_does_not_depend_on_them() -> None:
+    _, share = decide(0.1, 10, total=100, step_seconds=1.0, base_seconds=4.0, fixed_seconds=1.0)
+    assert 9 * (1 + share * 3) == pytest.approx(10)
+    assert decide(0.1, 10, total=100, step_seconds=1.0, base_seconds=4.0, fixed_seconds=2.0) == (10, 0.0)
+
+
 def test_a_part_of_the_items_is_the_same_each_time_and_twenty_at_least() -> None:
     items = [Item(f"{(number * 7919) % 1000:04d}", number) for number in range(200)]
     part = part_of(items, 0.25)

@@ -63,12 +63,14 @@ class Batches:
         geometry: Geometry,
         replay_sets: int = 0,
         replay_label_weight: float = 1.0,
+        replay_labels_of_step: float = 1.0,
     ) -> None:
         """
         Args:
             width: tokens of every sequence, padded; None: of the longest in its micro-batch.
             replay_sets: so many of the sets, the last ones, are replay.
             replay_label_weight: what a label of theirs counts in the loss, one of the others counting 1.
+            replay_labels_of_step: labels of theirs in a global batch, on average over the run.
         """
         self.sets = sets
         self.mixture = mixture
@@ -76,6 +78,7 @@ class Batches:
         self.geometry = geometry
         self.first_replay = len(sets) - replay_sets
         self.replay_label_weight = replay_label_weight
+        self.replay_labels_of_step = replay_labels_of_step
         self._orders: list[dict[int, NDArray[numpy.int64]]] = [{} for _ in sets]  # by epoch
 
     @property

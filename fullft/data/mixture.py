@@ -121,6 +121,12 @@ def replay_label_weight(rates: Sequence[int], labels: Sequence[float], first_rep
     return share / (1 - share) * others / replay if replay else 1.0
 
 
+def labels_of_step(rates: Sequence[int], labels: Sequence[float], first_replay: int, global_batch_size: int) -> float:
+    """Labels of the replay sets in a step, on average over the run; arguments as of `replay_label_weight`."""
+    replay = sum(rate * count for rate, count in zip(rates[first_replay:], labels[first_replay:], strict=True))
+    return global_batch_size * replay / sum(rates)
+
+
 def _apportioned(wanted: Sequence[float], total: int) -> list[int]:
     """Whole numbers that sum to `total`, by largest remainder: none is above the next whole number, or below the last.
 

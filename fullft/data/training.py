@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from fullft.data.batches import Batches, Geometry
 from fullft.data.cache import open_sets
 from fullft.data.leaks import find_leaks, index
-from fullft.data.mixture import mix, replay_label_weight
+from fullft.data.mixture import labels_of_step, mix, replay_label_weight
 from fullft.data.sequences import Sequences, open_sequences
 from fullft.errors import BadInput
 from fullft.recipe import Recipe
@@ -84,7 +84,8 @@ def build_batches(recipe: Recipe, sets: list[Sequences], geometry: Geometry) -> 
     labels = [one.summary["trained_tokens"] / len(one) for one in sets]
     weight = replay_label_weight(mixture.rates, labels, len(data.train), share)
     width = data.sequence_length if data.packing else None
-    batches = Batches(sets, mixture, width, geometry, len(data.replay), weight)
+    of_step = labels_of_step(mixture.rates, labels, len(data.train), geometry.global_batch_size)
+    batches = Batches(sets, mixture, width, geometry, len(data.replay), weight, of_step or 1.0)
     return batches, steps
 
 

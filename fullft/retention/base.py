@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from fullft import lease, signals, watchdog
 from fullft.cluster import is_shared
 from fullft.data.batches import Batch, Batches
+from fullft.data.progress import progress
 from fullft.errors import BadInput, Preempted
 from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.recipe import Recipe
-from fullft.retention.run import batched
-from fullft.weights import NewFile, Part, create, new_file, stored_tensors, write_parts
+from fullft.retention.run import SAID_SECONDS, batched
+from fullft.weights import NewFile, Part, create, new_file, stored_tensors, tensors_of, write_parts
 
 FILE = "predictions.safetensors"
 
@@ -161,7 +162,7 @@ def predict(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, 
             f"run_dir: {folder} is not the same for all ranks, and each reads there what the base model predicts; put "
             "run_dir on a file system that all nodes share"
         )
-    there = [dist.get_rank() == 0 and _index(folder) == index]
+    there = [dist.get_rank() == 0 and _index(folder) == index and is_whole(folder / FILE)]
     dist.broadcast_object_list(there, src=0)
     if not there[0] and step > 0:
         raise BadInput(
@@ -178,6 +179,15 @@ def _index(folder: Path) -> Any:
         return json.loads((folder / "index.json").read_text())
     except (OSError, ValueError):
         return None
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a file of tensors is there at its full size; one that a full disk or a bad copy has cut short is not."""
+    try:
+        tensors_of(file)
+    except BadInput:
+        return False
+    return True
 
 
 def _compute(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, index: dict[str, Any]) -> None:
@@ -224,19 +234,22 @@ def _parts(
     """This rank's predictions, batch after batch. Each forward is a collective, so all ranks do equally many."""
     batches = batched(rows.lengths, batch_size)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for number in range(rank, len(batches) + (-len(batches)) % world, world):
-        if signals.agreed(engine.device):
-            raise Preempted
-        watchdog.mark("base model's predictions")
-        chosen = batches[min(number, len(batches) - 1)]
-        logits, labels = labelled_logits(engine, *(tensor.to(engine.device) for tensor in rows.batch(chosen)))
-        if number >= len(batches):  # another rank's batch, only to keep step
-            continue
-        for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
-            wanted = own_logits[own_labels != IGNORE].float()
-            best = wanted.topk(top_k)
-            logprobs = best.values - wanted.logsumexp(-1, keepdim=True)
-            rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row])
-            yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
-            yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
-            yield Part(file.stored["rest"], start, rest.cpu())
+    title, count = f"base model's predictions ({file.path.parent.name.partition('.')[0]})", -(-len(batches) // world)
+    with progress(count, title, " batches", SAID_SECONDS, shown=rank == 0) as advance:
+        for number in range(rank, len(batches) + (-len(batches)) % world, world):
+            if signals.agreed(engine.device):
+                raise Preempted
+            watchdog.mark("base model's predictions")
+            chosen = batches[min(number, len(batches) - 1)]
+            logits, labels = labelled_logits(engine, *(tensor.to(engine.device) for tensor in rows.batch(chosen)))
+            advance(1)
+            if number >= len(batches):  # another rank's batch, only to keep step
+                continue
+            for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
+                wanted = own_logits[own_labels != IGNORE].float()
+                best = wanted.topk(top_k)
+                logprobs = best.values - wanted.logsumexp(-1, keepdim=True)
+                rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row])
+                yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
+                yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
+                yield Part(file.stored["rest"], start, rest.cpu())

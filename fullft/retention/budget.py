@@ -69,12 +69,13 @@ class Budget:
         share = self._load().get("share", 1.0)
         return [replace(task, items=part_of(task.items, share)) for task in tasks]
 
-    def took(self, step: int, seconds: float) -> None:
-        """The time of an evaluation; that at step 0 is what the decision is made from."""
+    def took(self, step: int, seconds: float, fixed: float = 0.0) -> None:
+        """The time of an evaluation, and what of it does not depend on the number of items (divergence and drift); that
+        at step 0 is what the decision is made from."""
         if step > 0:
             self._seconds[1] += seconds
         elif self.max_overhead is not None and dist.get_rank() == 0:
-            self._write({"base_seconds": seconds})
+            self._write({"base_seconds": seconds, "fixed_seconds": fixed})
 
     @property
     def share_of_training(self) -> float | None:
@@ -89,7 +90,7 @@ class Budget:
             if dist.get_rank() == 0:
                 found = [read_json(self.file) or {"base_seconds": _seconds_of_base(self.file.parent)}]
                 if found[0].get("asked") != self._asked():
-                    found = [{"base_seconds": found[0].get("base_seconds")}]
+                    found = [{name: found[0].get(name) for name in ("base_seconds", "fixed_seconds")}]
             dist.broadcast_object_list(found, src=0)
             self._known = found[0]
         return self._known
@@ -102,9 +103,12 @@ class Budget:
         if dist.get_rank() == 0:
             step_seconds = statistics.median(self._timed[1:] or self._timed)
             base_seconds = self._load().get("base_seconds")
-            every, share = decide(self.max_overhead or 1, self.asked, self.total_steps or 1, step_seconds, base_seconds)
-            decided = [{"asked": self._asked(), "base_seconds": base_seconds, "step_seconds": step_seconds,
-                        "every_steps": every, "share": share}]  # fmt: skip
+            fixed = self._load().get("fixed_seconds") or 0.0
+            every, share = decide(
+                self.max_overhead or 1, self.asked, self.total_steps or 1, step_seconds, base_seconds, fixed
+            )
+            decided = [{"asked": self._asked(), "base_seconds": base_seconds, "fixed_seconds": fixed,
+                        "step_seconds": step_seconds, "every_steps": every, "share": share}]  # fmt: skip
             self._write(decided[0])
             how = f"every {every} steps" if every else "only at the end"
             part = "" if share == 1 else f", on {share:.1%} of the items ({_FEWEST_ITEMS} of each task at least)"
@@ -124,20 +128,28 @@ class Budget:
 
 
 def decide(
-    max_overhead: float, asked: int | None, total: int, step_seconds: float, base_seconds: float | None
+    max_overhead: float,
+    asked: int | None,
+    total: int,
+    step_seconds: float,
+    base_seconds: float | None,
+    fixed_seconds: float = 0.0,
 ) -> tuple[int | None, float]:
     """(steps between evaluations or None, share of the items) that keep the evaluations between first and last in time.
 
     Args:
         max_overhead: their time over that of all steps; asked: retention.every_steps; total: steps of the run.
         base_seconds: of a whole evaluation; None if it is not known, and then nothing is left out of what was asked.
+        fixed_seconds: what of them each evaluation takes, on however few items.
     """
     budget = max_overhead * total * step_seconds
     if asked is None:
         looks = min(_MOST_LOOKS, total - 1, int(budget / base_seconds)) if base_seconds else 0
         return (-(-total // (looks + 1)) if looks > 0 else None), 1.0
     looks = (total - 1) // asked
-    return asked, min(1.0, budget / (looks * base_seconds)) if looks and base_seconds else 1.0
+    if not looks or not base_seconds or base_seconds <= fixed_seconds:
+        return asked, 1.0
+    return asked, min(1.0, max(0.0, budget / looks - fixed_seconds) / (base_seconds - fixed_seconds))
 
 
 def part_of(items: Sequence[Item], share: float) -> list[Item]:

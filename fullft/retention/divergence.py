@@ -12,19 +12,22 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft import model
+from fullft import model, signals, watchdog
 from fullft.data.batches import Batches
-from fullft.errors import BadInput
+from fullft.errors import BadInput, Preempted
 from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.optim import layer_of
 from fullft.recipe import Recipe
 from fullft.retention.base import Predictions, Rows, predict
+from fullft.retention.pull import parts_without
 from fullft.retention.run import batched, share
 from fullft.retention.tasks import Prepared
 from fullft.shards import master_shards
 from fullft.weights import DTYPES, Part, Stored, Weights, read_parts
 
 Row = tuple[list[int], list[int], list[int]]  # ids, position ids, labels
+_BLOCK = 1 << 22  # elements at a time, so that the fp32 copies of a large parameter stay small
+_LOOK_EVERY = 8  # parameters between two looks for a signal, each of which is a collective
 
 
 class Divergence:
@@ -47,8 +50,11 @@ class Divergence:
         self._recipe, self._meta, self._config, self._tokenizer = recipe, meta, config, tokenizer
         tokens = recipe.retention.kl_tokens if tasks else 0  # nothing is evaluated without tasks
         new_task = _training_rows(batches, total_steps, replay=False)
-        general = _training_rows(batches, total_steps, replay=True) if recipe.data.replay else _task_rows(tasks)
-        chosen = {"new_task": _first(new_task, tokens), "general": _first(general, tokens)}
+        # Rows that are replayed, under train.kl_weight for their divergence itself, would tell of no others.
+        general = _first(_task_rows(tasks), tokens)
+        if not general and recipe.data.replay:
+            general = _first(_training_rows(batches, total_steps, replay=True), tokens)
+        chosen = {"new_task": _first(new_task, tokens), "general": general}
         self._rows = {name: rows for name, rows in chosen.items() if rows}
         self._known: dict[str, Predictions] | None = None
         self._weights: Weights | None = None
@@ -58,16 +64,36 @@ class Divergence:
         """Tokens on which each evaluation compares the two models."""
         return sum(len(ids) for rows in self._rows.values() for ids, *_ in rows)
 
-    def measure(self, engine: Any, step: int, say: Callable[[str], None]) -> dict[str, Any]:
-        """The `divergence` of an evaluation. All ranks together; at step 0 the engine has the base model.
+    def know_base(self, engine: Any, step: int, say: Callable[[str], None]) -> None:
+        """Before the first `measure`; else there is nothing to do. All ranks together; at step 0 the engine has the
+        base model.
 
-        `say`: is told once what is not measured, and why.
+        `say`: is told what will not be measured, and why.
 
         Raises:
             Preempted: a signal came to a rank.
         """
-        if self._known is None:
-            self._known = self._know_base(engine, step, say)
+        if self._known is not None:
+            return
+        known = {}
+        for name, rows in self._rows.items():
+            folder = self._recipe.run_folder / "base" / name
+            size, top_k = self._recipe.train.micro_batch_size, self._recipe.retention.kl_top_k
+            try:
+                known[name] = predict(engine, _as_rows(rows), top_k, folder, size, step)
+            except BadInput as error:  # a measurement is not worth a training
+                say(f"WARNING: no divergence from the base model on {name}: {error}")
+        self._known = known
+
+    def measure(self, engine: Any, say: Callable[[str], None]) -> dict[str, Any]:
+        """The `divergence` of an evaluation. All ranks together.
+
+        `say`: is told once what is not measured, and why.
+
+        Raises:
+            Preempted: a signal came to a rank; on all ranks at the same place.
+        """
+        assert self._known is not None
         found: dict[str, Any] = {"kl_new_task": None, "kl_general": None, "kl_tail_mass": None}
         sums = {name: self._kl(engine, name, known) for name, known in self._known.items()}
         found |= {f"kl_{name}": nats / tokens for name, (nats, _, tokens) in sums.items()}
@@ -83,17 +109,6 @@ class Divergence:
         if self._weights.reason:
             return found | {"drift": None, "changed_bf16": None}
         return found | self._drift(engine, self._weights)
-
-    def _know_base(self, engine: Any, step: int, say: Callable[[str], None]) -> dict[str, Predictions]:
-        known = {}
-        for name, rows in self._rows.items():
-            folder = self._recipe.run_folder / "base" / name
-            size, top_k = self._recipe.train.micro_batch_size, self._recipe.retention.kl_top_k
-            try:
-                known[name] = predict(engine, _as_rows(rows), top_k, folder, size, step)
-            except BadInput as error:  # a measurement is not worth a training
-                say(f"WARNING: no divergence from the base model on {name}: {error}")
-        return known
 
     def _kl(self, engine: Any, name: str, known: Predictions) -> tuple[float, float, int]:
         """Sums over all positions of the rows: KL in nats, the base's mass outside of its likeliest tokens, 1."""
@@ -121,18 +136,17 @@ class Divergence:
     def _drift(self, engine: Any, weights: Weights) -> dict[str, Any]:
         """||w - base|| / ||base||, and the share of weights that are others in bf16: from each rank's shards and the
         same elements of the base model's files. Rows of new tokens, which are no base model's, are left out."""
-        dtype, new_rows = model.precision(self._recipe), self._new_rows()
+        dtype = model.precision(self._recipe)
+        new_rows = model.new_rows(self._recipe, self._meta, self._config, self._tokenizer)
         names, sums = [], []
-        for name, first, shard in master_shards(engine):
-            base = _read(weights.stored[name], first, len(shard)).to(dtype).to(shard.device, torch.float32)
-            values = shard[: len(base)].clone()
-            for start, end in new_rows.get(name, ()):
-                part = slice(max(start - first, 0), max(end - first, 0))
-                values[part] = base[part] = 0
-            changed = (values.bfloat16() != base.bfloat16()).sum()
-            moved, size = ((one.double() ** 2).sum() for one in (values - base, base))
+        for number, (name, first, shard) in enumerate(master_shards(engine)):
+            if number % _LOOK_EVERY == 0 and signals.agreed(engine.device):
+                raise Preempted
+            watchdog.mark("drift of the weights")
+            base = _read(weights.stored[name], first, len(shard))
+            new = [(max(start - first, 0), max(end - first, 0)) for start, end in new_rows.get(name, ())]
             names.append(name)
-            sums.append(torch.stack([moved, size, changed.double()]).to(engine.device))
+            sums.append(_distance(shard, base, dtype, new).to(engine.device))
         table = torch.stack(sums)
         dist.all_reduce(table)
         rows = dict(zip(names, table.tolist(), strict=True))
@@ -147,15 +161,6 @@ class Divergence:
         count = sum(parameter.ds_numel for parameter in engine.module.parameters())
         return {"drift": drift, "changed_bf16": sum(changed for *_, changed in rows.values()) / count}
 
-    def _new_rows(self) -> dict[str, list[tuple[int, int]]]:
-        """(first, last + 1) elements of the rows of new tokens, by parameter."""
-        ids = self._tokenizer.convert_tokens_to_ids(list(self._recipe.model.new_tokens))
-        found = {}
-        for name in model.vocabulary_parameters(self._meta) if ids else ():
-            width = math.prod(self._meta.get_parameter(name).shape[1:])
-            found[name] = [(row * width, (row + 1) * width) for row in ids]
-        return found
-
 
 def metrics(divergence: dict[str, Any]) -> dict[str, float]:
     """As metric names: divergence/…"""
@@ -169,10 +174,30 @@ def _ratio(sums: Iterable[Sequence[float]]) -> float | None:
     return math.sqrt(moved / size) if size else None
 
 
+def _distance(
+    shard: torch.Tensor, base: torch.Tensor, dtype: torch.dtype, left_out: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    """(||shard - base||², ||base||², elements that are others in bf16), [3] fp64, over the elements that the base has
+    but for those runs. Norms of blocks are fp32's, which is far faster, and as good as their fp64 sum needs.
+
+    `base`: as stored, perhaps shorter; `dtype`: what training has rounded it to.
+    """
+    found = shard.new_zeros(3, dtype=torch.float64)
+    for part in parts_without(
+        len(base), [(min(low, len(base)), min(high, len(base))) for low, high in left_out], _BLOCK
+    ):
+        values, there = shard[part], base[part].to(shard.device).to(dtype).float()
+        changed = (values.bfloat16() != there.bfloat16()).sum()
+        norms = torch.stack([torch.linalg.vector_norm(one) for one in (values - there, there)]).double()
+        found += torch.cat([norms.square(), changed.double()[None]])
+    return found
+
+
 def _read(stored: Stored, first: int, count: int) -> torch.Tensor:
     """Elements of a stored tensor from `first` on, `count` or as many as there are."""
     values = torch.empty(max(0, min(count, stored.numel - first)), dtype=DTYPES[stored.dtype])
-    read_parts([Part(stored, first, values)])
+    # In blocks, of which several are read at once.
+    read_parts(Part(stored, first + at, values[at : at + _BLOCK]) for at in range(0, len(values), _BLOCK))
     return values
 
 

@@ -155,9 +155,11 @@ def _nearest(name: str, known: Any) -> str:
 
 
 def _metric(task: Task, subtasks: dict[str, Any]) -> tuple[str, bool]:
-    """(metric, is it a text's) that all subtasks have: the recipe's if it is one, else the first mean over items."""
+    """(metric, is it a text's): a mean over items that all subtasks have, by default acc, else the first."""
     rolling = {subtask.OUTPUT_TYPE == "loglikelihood_rolling" for subtask in subtasks.values()}
     if rolling == {True}:
+        if task.metric is not None:
+            raise BadInput(f"task {task.name}: metric: it is of texts, measured in bits_per_byte; leave metric out")
         return "bits_per_byte", True
     shared = [
         name
@@ -171,7 +173,12 @@ def _metric(task: Task, subtasks: dict[str, Any]) -> tuple[str, bool]:
             f"task {task.name}: its metrics ({', '.join(has)}) are not means over items that all {len(subtasks)} "
             f"subtasks have, so nothing can be paired; name subtasks instead: {', '.join(list(subtasks)[:5])}"
         )
-    return (task.metric if task.metric in shared else shared[0]), False
+    if task.metric is not None and task.metric not in shared:
+        raise BadInput(
+            f"task {task.name}: metric: it has no {task.metric}, its means over items are {', '.join(shared)}; leave "
+            f"it out for {'acc' if 'acc' in shared else shared[0]}"
+        )
+    return task.metric or ("acc" if "acc" in shared else shared[0]), False
 
 
 def _documents(task: Task, subtask: Any, tokenizer: PreTrainedTokenizerBase, width: int) -> Iterator[Document]:

@@ -24,7 +24,7 @@ from fullft.errors import Preempted
 from fullft.loss import IGNORE, labelled_logits
 from fullft.retention.tasks import Pair, Prepared, Prompt, Window, answer
 
-_SAID_SECONDS = 30  # between two lines on how far an evaluation is
+SAID_SECONDS = 30  # between two lines on how far an evaluation is
 _MEMORY_SHARE = 0.5  # of the free memory, that whole weights may take
 
 
@@ -99,7 +99,7 @@ def share(count: int, run: Callable[[int], Any], device: str, title: str = "eval
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = {}
-    with progress(-(-count // world), title, " batches", _SAID_SECONDS, shown=rank == 0) as advance:
+    with progress(-(-count // world), title, " batches", SAID_SECONDS, shown=rank == 0) as advance:
         for batch in range(rank, count + (-count) % world, world):
             if signals.agreed(device):
                 raise Preempted

@@ -63,18 +63,25 @@ class Suite:
         return 1 if every is None else math.ceil(self.total_steps / every)
 
     def evaluate(
-        self, engine: Any, step: int, weights: str = "live", divergence: dict[str, Any] | None = None
+        self,
+        engine: Any,
+        step: int,
+        weights: str = "live",
+        divergence: dict[str, Any] | None = None,
+        started: float | None = None,
     ) -> Evaluation:
         """Run every task, write retention/step-….json, its items and samples/, and return the content of the former,
         which is the same on all ranks.
 
-        `weights`: what the engine has meanwhile, "live" or "ema". `divergence`: what was measured of it.
+        `weights`: what the engine has meanwhile, "live" or "ema". `divergence`: what was measured of it. `started`:
+        time.perf_counter() when the evaluation began, if that was before this call; the budget counts from then on.
 
         Raises:
             Preempted: a signal came to a rank; on all ranks after the same batch.
             BadInput: the items of step 0 are not there, or are others.
         """
-        started = time.perf_counter()
+        called = time.perf_counter()
+        started = called if started is None else started
         engine.eval()
         tasks = self.budget.tasks(self.tasks, step)
         measured: dict[str, list[ItemRecord]] = {}
@@ -85,7 +92,7 @@ class Suite:
                 if dist.get_rank() == 0:
                     self._write_items(prepared, step, items)
         engine.train()
-        self.budget.took(step, time.perf_counter() - started)
+        self.budget.took(step, time.perf_counter() - started, called - started)
         report: Evaluation = on_all(lambda: self._report(step, measured, weights, started, divergence))
         return report
 

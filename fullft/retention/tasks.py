@@ -112,7 +112,9 @@ def prepare_tasks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Pr
             case "multiple_choice":
                 chance = sum(1 / len(item.choices) for item in items) / max(1, len(items))
                 prepared.append(
-                    Prepared(task.name, "multiple_choice", task.measures, items, task.metric, True, limit, chance)
+                    Prepared(
+                        task.name, "multiple_choice", task.measures, items, task.metric or "acc", True, limit, chance
+                    )
                 )
             case _:
                 prepared.append(
