@@ -9,9 +9,9 @@ a second. This process follows metrics.jsonl, makes the tables of an evaluation 
 of alerts, artifacts and the end. What it says goes through another pipe to the trainer's terminal.
 
 W&B's history only grows, by a number of its own (`_step`), and charts are by train/global_step. The number of a row
-follows from its step and the rollbacks before it alone (`row_number`), so any process gives it the same. Each is sent once,
-in order: rows that are logged again after a resume are not, what is trained after a rollback is. What was sent before
-is asked of whoever will hold the history: in online mode of the server; else of the offline .wandb files of earlier
+follows from its step and the rollbacks before it alone (`row_number`), so any process gives it the same. Each is sent
+once, in order: rows that are logged again after a resume are not, what is trained after a rollback is. What was sent
+before is asked of whoever will hold the history: in online mode of the server; else of the offline .wandb files of earlier
 starts, which `wandb sync` will read. What an online start has sent since it asked may or may not have arrived: offline
 it is taken for lost, as a row that comes twice is better than one that never comes.
 
@@ -47,7 +47,8 @@ from fullft.errors import LeaseLost
 from fullft.retention.runlog import generations, read_json, rollback_entries
 from fullft.retention.wording import change
 
-END_SECONDS = 40.0  # from the end of the trainer to that of this process, whatever W&B does; half of it for its start
+END_SECONDS = 40.0  # from the end of the trainer to that of this process, whatever W&B does
+_INIT_SECONDS = 20.0
 ROLLBACKS = "train/rollbacks"  # in a row: those before it, if there were any
 _LOOK_SECONDS = 1.0
 _STARTS = 3  # of W&B, should it die
@@ -235,7 +236,7 @@ def _start(folder: Path, mode: str, trainer: Trainer) -> tuple[Any, int]:
             "plan": read_json(folder / "plan.json"),
         },
         "settings": wandb.Settings(
-            init_timeout=trainer.seconds / 2, finish_timeout=trainer.seconds * 3 / 4, console="off", silent=True,
+            init_timeout=_INIT_SECONDS, finish_timeout=trainer.seconds * 3 / 4, console="off", silent=True,
             x_transaction_log_flush_interval=1, x_stats_pid=trainer.pid, save_code=False,
         ),
     }  # fmt: skip
