@@ -48,7 +48,8 @@ from fullft.retention.runlog import generations, rollback_entries
 from fullft.retention.wording import change
 from fullft.state import read_json
 
-END_SECONDS = 40.0  # from the end of the trainer to that of this process, whatever W&B does; half of it for its start
+END_SECONDS = 40.0  # from the end of the trainer to that of this process, whatever W&B does
+_INIT_SECONDS = 20.0
 ROLLBACKS = "train/rollbacks"  # in a row: those before it, if there were any
 _LOOK_SECONDS = 1.0
 _STARTS = 3  # of W&B, should it die
@@ -236,7 +237,7 @@ def _start(folder: Path, mode: str, trainer: Trainer) -> tuple[Any, int]:
             "plan": read_json(folder / "plan.json"),
         },
         "settings": wandb.Settings(
-            init_timeout=trainer.seconds / 2, finish_timeout=trainer.seconds * 3 / 4, console="off", silent=True,
+            init_timeout=_INIT_SECONDS, finish_timeout=trainer.seconds * 3 / 4, console="off", silent=True,
             x_transaction_log_flush_interval=1, x_stats_pid=trainer.pid, save_code=False,
         ),
     }  # fmt: skip
