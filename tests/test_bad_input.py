@@ -559,6 +559,13 @@ def test_room_is_planned_for_the_newest_the_best_and_the_one_being_written(recip
     recipe["data"]["validation"] = recipe["data"]["train"]
     best = preflight(parse_recipe(recipe, ["retention.every_steps=1"]), 1).plan
     assert best["run_folder_bytes"] == plain["run_folder_bytes"] + plain["checkpoint_bytes"]
+    seldom = preflight(parse_recipe(recipe, ["retention.max_overhead=0.1"]), 1).plan  # how often is decided later
+    assert seldom["run_folder_bytes"] == best["run_folder_bytes"]
+    recipe["retention"] = {"every_steps": 1, "gate": {"action": "stop"}, "tasks": [
+        {"name": "general", "kind": "text", "data": recipe["data"]["train"]}
+    ]}  # fmt: skip
+    good = preflight(parse_recipe(recipe), 1).plan  # that of before a loss
+    assert good["run_folder_bytes"] == best["run_folder_bytes"] + plain["checkpoint_bytes"]
 
 
 def test_what_is_allowed_and_hardly_meant_is_a_warning(recipe: dict[str, Any]) -> None:

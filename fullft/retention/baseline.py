@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
 from fullft.retention import stats
+from fullft.retention.gate import can_breach
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
+from fullft.retention.wording import amount
 
 if TYPE_CHECKING:
     from fullft.retention.suite import Suite
@@ -33,11 +35,7 @@ def describe(suite: Suite) -> dict[str, Any]:
         "tasks": suite.described,
         "looks_planned": suite.looks_planned,
         "confidence": settings.confidence,
-        "limits": {
-            task.name: settings.gate.max_drop if task.max_drop is None else task.max_drop
-            for task in suite.tasks
-            if task.measures == "retention"
-        },
+        "limits": {task.name: _limit(suite, task) for task in suite.tasks if task.measures == "retention"},
         "versions": {name: version(name) for name in ("torch", "transformers", "scipy")},
     }
 
@@ -74,18 +72,55 @@ def smallest_drops(suite: Suite) -> list[str]:
             sizes = [item.text_bytes or 1 for item in task.items]
         elif task.kind == "text":
             sizes = [sum(label != IGNORE for _, labels in item.windows for label in labels) for item in task.items]
-        clusters = len({item.number if item.cluster is None else item.cluster for item in task.items})
+        clusters = clusters_of(task)
+        if clusters < 2:
+            lines.append(f"{task.measures} {task.name}: {_too_few(task)} can show no drop, as its error is not known")
+            continue
         drop, assumed = stats.smallest_drop(task.metric, sizes, clusters, suite.settings.confidence)
         together = f" in {clusters:,} clusters" if clusters < len(sizes) else ""
         lines.append(
             f"{task.measures} {task.name}: {len(sizes):,} items{together} show a drop of "
-            f"{stats.amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
+            f"{amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
         )
     return lines
 
 
+def clusters_of(task: Prepared) -> int:
+    return len({("item", item.number) if item.cluster is None else item.cluster for item in task.items})
+
+
+def never_breached(suite: Suite) -> tuple[list[str], list[str]]:
+    """(problems, warnings): retention tasks of which the gate can never tell a loss, whatever happens. A problem if a
+    run is to be stopped or rolled back by them, and there are no others."""
+    action, confidence = suite.settings.gate.action, suite.settings.confidence
+    retained = [task for task in suite.tasks if task.measures == "retention"]
+    found = [
+        f"task {task.name}: {_too_few(task)} can never show a loss of more than "
+        f"{amount(task.metric, _limit(suite, task))} (max_drop), so retention.gate never acts on it; give it more"
+        for task in retained
+        if not can_breach(task.kind, len(task.items), clusters_of(task), _limit(suite, task), confidence)
+    ]
+    if action == "none":
+        return [], []
+    return (found, []) if action != "alert" and len(found) == len(retained) else ([], found)
+
+
+def _limit(suite: Suite, task: Prepared) -> float:
+    return suite.settings.gate.max_drop if task.max_drop is None else task.max_drop
+
+
+def _too_few(task: Prepared) -> str:
+    items = f"{len(task.items):,} item" + ("s" if len(task.items) > 1 else "")
+    return f"{items} in one cluster" if clusters_of(task) < 2 and len(task.items) > 1 else items
+
+
 def problems(suite: Suite) -> list[str]:
     """Why a run folder that has checkpoints cannot go on measuring: its tasks were others, or step 0 is lost."""
+    if not (suite.folder / "suite.json").exists():
+        return [
+            f"run_dir: {suite.folder.parent} has checkpoints and no retention/suite.json: it was measured by an older "
+            "version of fullft, or what it measured was lost; use another run_dir"
+        ]
     try:
         require_same(suite, suite.folder)
         read(suite.folder, suite.tasks)

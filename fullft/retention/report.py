@@ -14,10 +14,10 @@ import yaml
 from fullft import __version__, lease
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, fingerprint
-from fullft.retention import runlog, stats
+from fullft.retention import runlog
 from fullft.retention.report_page import page
 from fullft.retention.runlog import Log, evaluations, generations, read_log, rollbacks, thin
-from fullft.retention.wording import Evaluation, is_share, shown, verdict
+from fullft.retention.wording import Evaluation, change, gain, shown, verdict
 from fullft.state import read_json
 
 _FORMAT = "fullft-report/1"
@@ -31,23 +31,22 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
     for name, task in evaluation["tasks"].items():
         numbers = {task["metric"]: task["score"]} | task["extra"]
         text = ", ".join(f"{key} {shown(key, value)}" for key, value in numbers.items() if key != "tokens")
-        lines.append(f"  {task['measures']:<9} {name}: {text}{_change(task) if evaluation['step'] else ''}")
+        lines.append(f"  {task['measures']:<9} {name}: {text}{_change(name, task) if evaluation['step'] else ''}")
     return lines
 
 
-def _change(task: dict[str, Any]) -> str:
-    """The drop with its interval, and whether it is more than chance: p over the retention tasks (Holm), or q."""
-    drop, metric = task["drop"], task["metric"]
-    if not drop:
-        return "; as the base" if drop == 0 else ""
-    text = f"; {stats.amount(metric, abs(drop))} {'worse' if drop > 0 else 'better'} than base"
-    if task["drop_ci"] is None:
+def _change(name: str, task: dict[str, Any]) -> str:
+    """The change since step 0 and its verdict, in the words of the report."""
+    one = change(name, task)
+    if one is None:
+        return ""
+    if not one.gain:
+        return "; as the base"
+    text = f"; {one.amount} {'better' if one.gain > 0 else 'worse'} than base"
+    if one.low is None or one.high is None:
         return f"{text} (too few items for an interval)"
-    low, high = sorted(end if drop > 0 else -end for end in task["drop_ci"])
-    adjusted = task["q"] if task["p_holm"] is None else task["p_holm"]
-    real = "real" if adjusted < 1 - task["level"] else "may be chance"
-    unit = 100 if is_share(metric) else 1
-    return f"{text} ({task['level']:.0%} CI {low * unit:.3g} to {high * unit:.3g}), {real}"
+    low, high = (one.low, one.high) if one.gain > 0 else (-one.high, -one.low)
+    return f"{text} ({task['level']:.0%} CI {low:.3g} to {high:.3g}), {one.verdict}"
 
 
 def score(evaluation: Evaluation) -> float | None:
@@ -71,28 +70,27 @@ def score(evaluation: Evaluation) -> float | None:
     return total if (skill or losses) and all(map(math.isfinite, (*skill, *gains["retention"]))) else None
 
 
-def gain(task: dict[str, Any]) -> float | None:
-    """What a task has gained since step 0, as `score` adds it up; None if that is not known."""
-    now, base = task["score"], task["base"]
-    if now is None or base is None:
-        return None
-    return float(now - base if task["higher_is_better"] else (base - now) / base if base else 0.0)
-
-
 def before_after(found: list[Evaluation]) -> list[tuple[str, ...]]:
-    """Rows of `_COLUMNS` from the first and the last evaluation: skill first, then retention."""
+    """Rows of `_COLUMNS`, the base beside the last evaluation: skill first, then retention.
+
+    Both are of the same items. Where the last evaluation has a part of them, the row says so, and the numbers beside
+    the metric are left out, as the base's on that part are not stored.
+    """
     rows = []
     for name, first in found[0]["tasks"].items() if found else ():
         if (last := found[-1]["tasks"].get(name)) is None:
             continue
-        numbers = {first["metric"]: (first["score"], last["score"])}
-        numbers |= {
-            key: (value, last["extra"].get(key))
-            for key, value in first["extra"].items()
-            if key not in ("tokens", "loss") and isinstance(value, int | float)
-        }
-        for number, (before, after) in numbers.items():
-            rows.append((first["measures"], name, number, shown(number, before), shown(number, after)))
+        part = last["n"] != first["n"]
+        numbers = [(first["metric"], last["base"], last["score"])]
+        if not part:
+            numbers += [
+                (key, value, last["extra"].get(key))
+                for key, value in first["extra"].items()
+                if key not in ("tokens", "loss") and isinstance(value, int | float)
+            ]
+        for number, before, after in numbers:
+            title = f"{number}, on part of the items" if part else number
+            rows.append((first["measures"], name, title, shown(number, before), shown(number, after)))
     return sorted(rows, key=lambda row: row[0] != "skill")
 
 
@@ -105,11 +103,13 @@ def table(run_folder: Path) -> str:
     )
 
 
-def write_report(run_folder: Path) -> dict[str, Any]:
+def write_report(run_folder: Path, **state: Any) -> dict[str, Any]:
     """Write report.json and report.html of a run into its folder; returns the former. A full disk is told, and does
-    not keep the model from being exported; nor does a damaged file, of which {} is returned."""
+    not keep the model from being exported; nor does a damaged file, of which {} is returned.
+
+    state: that of the end which state.json is going to tell, as the run gives up its folder with that."""
     try:
-        report = _collected(run_folder)
+        report = _collected(run_folder, state)
         content = _page([report], [run_folder])
     except BadInput as error:
         print(f"WARNING: there is no report of this run: {error}", flush=True)
@@ -122,10 +122,10 @@ def write_report(run_folder: Path) -> dict[str, Any]:
     return report
 
 
-def _collected(run_folder: Path) -> dict[str, Any]:
+def _collected(run_folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """`collect`. Raises BadInput for whatever a damaged file makes of it."""
     try:
-        return collect(run_folder)
+        return collect(run_folder, state)
     except _OF_DAMAGE as error:
         raise BadInput(f"{run_folder}: a file in it is damaged ({type(error).__name__}: {error})") from None
 
@@ -213,7 +213,8 @@ def _finite(value: Any) -> Any:
 
 def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
     """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
-    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), until)
+    state = _state(run_folder)
+    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), state, until)
 
 
 def summary_or_none(run_folder: Path, until: int) -> dict[str, Any]:
@@ -225,15 +226,17 @@ def summary_or_none(run_folder: Path, until: int) -> dict[str, Any]:
         return {}
 
 
-def _summary(run_folder: Path, found: list[Evaluation], log: Log, until: int | None) -> dict[str, Any]:
+def _summary(
+    run_folder: Path, found: list[Evaluation], log: Log, state: dict[str, Any], until: int | None
+) -> dict[str, Any]:
     last: dict[str, float] = {}
     for name, task in found[-1]["tasks"].items() if found else ():
         last[f"{task['measures']}/{name}/{task['metric']}"] = task["score"]
         last[f"{task['measures']}/{name}/drop"] = task["drop"]
     step = log.last.get("step", 0)
-    state, total = {}, None
-    if until is None:  # a checkpoint on the way is spoken of as if the run had ended there
-        state, total = _state(run_folder), read_json(run_folder / "plan.json").get("steps")
+    total = read_json(run_folder / "plan.json").get("steps")
+    if until is not None:  # a checkpoint on the way is spoken of as if the run had ended there
+        state, total = {"status": "done"}, None
     gone_back = [one for one in rollbacks(run_folder) if until is None or one["to_step"] <= until]
     return {
         "steps": step,
@@ -261,7 +264,7 @@ def _shares(log: Log) -> dict[str, dict[str, float]]:
     }
 
 
-def collect(run_folder: Path) -> dict[str, Any]:
+def collect(run_folder: Path, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """All that the page of a run shows: `summary`, and
 
     run            its name
@@ -272,15 +275,18 @@ def collect(run_folder: Path) -> dict[str, Any]:
     generations    see runlog.generations
     warnings       [texts]
     recipe, recipe_text, environment
+
+    state: instead of that of state.json.
     """
+    state = state or _state(run_folder)
     found, log = evaluations(run_folder), read_log(run_folder)
     recipe, text = runlog.recipe(run_folder / "recipe.yaml")
     plan = read_json(run_folder / "plan.json")
     report = {"format": _FORMAT, "run": run_folder.absolute().name}
     report |= _finite(
-        _summary(run_folder, found, log, until=None)
+        _summary(run_folder, found, log, state, until=None)
         | {
-            "state": _state(run_folder),
+            "state": state,
             "planned_steps": plan.get("steps"),
             "curves": {key: thin(*curve) for key, curve in sorted(log.curves.items())},
             "blend": runlog.blend(run_folder / "blend.json"),

@@ -4,7 +4,7 @@ One engine without optimizer, whose shards become one blend after the other (`bl
 model, over all ranks. All blends answer the same items, so each is paired with the base, α = 0.
 
     blend.json   {"format": "fullft-blend/1", "base", "tuned", "scales", "recipe": fingerprint, "weights": fingerprint,
-                  "confidence", "max_drop", "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}],
+                  "confidence", "limits", "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}],
                   "best": {"alpha", "why"}}
     blend/       recipe.yaml, and retention/step-00000700.json with its items for α = 0.7
                  sweep.json: of which models and recipe these are, as in blend.json. A sweep that was killed goes on
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from fullft.retention.baseline import file_name
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights, with_scales
 from fullft.retention.evaluate import for_evaluation, model_of, require_possible, require_shards, start_engine, tell
 from fullft.retention.evaluation import Evaluation
-from fullft.retention.report import gain
 from fullft.retention.runlog import evaluations
-from fullft.retention.suite import Suite, from_main
+from fullft.retention.suite import Suite
+from fullft.retention.wording import mean_gains
 from fullft.state import read_json
 
 Point = dict[str, Any]
@@ -59,11 +58,11 @@ def sweep(
     about = {
         "format": "fullft-blend/1", "base": base, "tuned": tuned, "scales": list(scales), "recipe": fingerprint(recipe),
         "weights": _weights(folders), "confidence": recipe.retention.confidence,
-        "max_drop": recipe.retention.gate.max_drop,
+        "limits": baseline.describe(ready.suite)["limits"],
     }  # fmt: skip
     _require_own(out, about, ready.suite)
     cluster.join(me, recipe.train.timeout_minutes)
-    done = from_main(lambda: _measured(ready.suite))
+    done = cluster.on_all(lambda: _measured(ready.suite))
     if me.is_main:
         lease.write(out / "blend" / "recipe.yaml", recipe.to_yaml())
         lease.write(out / "blend" / "sweep.json", json.dumps(about, indent=1))
@@ -132,15 +131,10 @@ def parse_alphas(text: str) -> list[float]:
 def point(alpha: float, tasks: dict[str, Any]) -> Point:
     """A blend as a point of the frontier: skill and retention are the mean gains of those tasks; at α = 0 both are 0.
 
-    Gains are those of `report.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
+    Gains are those of `wording.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
     better; null if one is not known.
     """
-    means: dict[str, float | None] = {}
-    for kind in ("skill", "retention"):
-        gains = [gain(task) for task in tasks.values() if task["measures"] == kind]
-        known = [one for one in gains if one is not None and math.isfinite(one)]
-        means[kind] = math.fsum(known) / len(known) if known and len(known) == len(gains) else None
-    return {"alpha": alpha, **means, "tasks": tasks}
+    return {"alpha": alpha, **mean_gains(tasks), "tasks": tasks}
 
 
 def best(points: Sequence[Point]) -> dict[str, Any]:
