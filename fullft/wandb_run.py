@@ -11,9 +11,9 @@ of alerts, artifacts and the end. What it says goes through another pipe to the 
 W&B's history only grows, by a number of its own (`_step`), and charts are by train/global_step. The number of a row
 follows from its step and the rollbacks before it alone (`row_number`), so any process gives it the same. Each is sent
 once, in order: rows that are logged again after a resume are not, what is trained after a rollback is. What was sent
-before is asked of whoever will hold the history: in online mode of the server; else of the offline .wandb files of earlier
-starts, which `wandb sync` will read. What an online start has sent since it asked may or may not have arrived: offline
-it is taken for lost, as a row that comes twice is better than one that never comes.
+before is asked of whoever will hold the history: in online mode of the server; else of the offline .wandb files of
+earlier starts, which `wandb sync` will read. What an online start has sent since it asked may or may not have arrived:
+offline it is taken for lost, as a row that comes twice is better than one that never comes.
 
 It ends when the trainer has said so, or is gone (killed, failed), after it has sent what is in the file, and within
 SECONDS. It is in no process group of the launcher and holds none of its pipes; signals to the job are the
