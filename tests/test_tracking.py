@@ -455,7 +455,7 @@ def outages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Recipe,
         }
         server = FakeWandb()
         process = start(recipes["dying"], 0, 5, "server dies", END_SECONDS="20", **online(server))
-        wait_for(lambda: server.steps == [1, 2, 3, 4], "rows at the server", 60)
+        wait_for(lambda: server.steps == [1, 2, 3, 4], "rows at the server")
         server.stop()
         output, _ = process.communicate("go", timeout=180)
         assert process.returncode == 0, output
