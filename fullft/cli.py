@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
-from fullft.recipe import load_recipe
+from fullft.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
+
+_FLAGS = ("--resolved", "--sweep")  # the options of the verbs with overrides that may stand without a value
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -108,11 +110,7 @@ def main() -> int:
         "--workspace", action="store_true", help="also save a view of the project with fullft's charts (new each time)"
     )
 
-    # Overrides may stand anywhere, which argparse cannot do behind a verb.
-    is_override = re.compile(r"[A-Za-z_][\w.]*=").match
-    words = list(zip(sys.argv[1:], sys.argv, strict=False))  # each with the one before it
-    overrides = [word for word, before in words if is_override(word) and before != "--layer-scale"]
-    rest = [word for word, before in words if not is_override(word) or before == "--layer-scale"]
+    rest, overrides = split_overrides(sys.argv[1:])
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args(rest)
     try:
@@ -146,6 +144,24 @@ def main() -> int:
         print("fullft: stopped; what is finished is kept", file=sys.stderr)
         return EXIT_FAILED
     return EXIT_DONE
+
+
+def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """(words for argparse, overrides `key.path=value`), which may stand anywhere, as argparse cannot do behind a verb.
+
+    A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
+    """
+    verb = next((word for word in words if not word.startswith("-")), "")
+    if verb not in ("check", "prepare", "inspect", "eval", "blend"):
+        return words, []
+    rest, overrides, before = list[str](), list[str](), ""
+    for word in words:
+        is_value = before.startswith("--") and "=" not in before and before not in _FLAGS
+        section = re.match(r"([A-Za-z_]\w*)[\w.]*=", word)
+        chosen = section and not is_value and (section[1] in Recipe.model_fields or not Path(word).exists())
+        (overrides if chosen else rest).append(word)
+        before = word
+    return rest, overrides
 
 
 def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> None:
@@ -305,6 +321,7 @@ def send(run_dir: Path, workspace: bool) -> int:
     import subprocess
 
     from fullft.lease import is_owned
+    from fullft.wandb_run import END_SECONDS
 
     if not (run_dir / "metrics.jsonl").exists():
         raise BadInput(f"{run_dir} is not a run folder of fullft (it has no metrics.jsonl)")
@@ -315,7 +332,7 @@ def send(run_dir: Path, workspace: bool) -> int:
 
         require()
     (run_dir / "wandb").mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send"]
+    command = [sys.executable, "-m", "fullft.wandb_run", str(run_dir.absolute()), "send", str(END_SECONDS)]
     code = subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
     if workspace and not code:
         from fullft.workspace import save

@@ -236,6 +236,9 @@ def run_on_ranks(action: Callable[[Cluster], None], if_bad_input: str) -> NoRetu
         code = EXIT_DONE
     except BadInput as error:
         exit_bad_input(error, me, if_bad_input)
+    except KeyboardInterrupt:
+        if me is None or me.is_main:
+            print("fullft: stopped; what is finished is kept", file=sys.stderr, flush=True)
     except BaseException:
         print(f"fullft: failed on {me}", file=sys.stderr)
         traceback.print_exc()
@@ -261,6 +264,34 @@ def sum_over_ranks(*values: float, device: str) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def on_all(action: Callable[[], Any]) -> Any:
+    """The result of an action of rank 0, on all ranks. All ranks together, also if it fails: none is left waiting.
+
+    Raises:
+        BadInput: on all ranks, if the action does.
+        Exception: any other of the action on rank 0; RuntimeError, which tells of it, on the others.
+    """
+    import torch.distributed as dist
+
+    answer: list[Any] = [None, [], ""]  # result, problems, another failure
+    failure: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = action()
+        except BadInput as error:
+            answer[1] = error.problems
+        except Exception as error:
+            failure, answer[2] = error, f"rank 0 on {socket.gethostname()} failed: {type(error).__name__}: {error}"
+    dist.broadcast_object_list(answer, src=0)
+    if failure is not None:
+        raise failure
+    if answer[2]:
+        raise RuntimeError(answer[2])
+    if answer[1]:
+        raise BadInput(answer[1])
+    return answer[0]
 
 
 def is_shared(folder: Path) -> bool:

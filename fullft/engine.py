@@ -14,7 +14,7 @@ from fullft.data.batches import Geometry
 from fullft.errors import BadInput
 from fullft.recipe import Recipe
 
-_REPOSITORY = Path(__file__).parent.parent
+_PACKAGE = Path(__file__).parent  # its ds_configs is that of the repository: a link here, files in a wheel
 
 
 def geometry(recipe: Recipe, world_size: int) -> Geometry:
@@ -49,12 +49,12 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     """
     path = Path(recipe.deepspeed)
     if not path.exists() and not path.is_absolute():
-        path = _REPOSITORY / path
+        path = _PACKAGE / path
     try:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise BadInput(
-            f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_REPOSITORY})"
+            f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_PACKAGE})"
         ) from None
     except (OSError, json.JSONDecodeError) as error:
         raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None

@@ -31,7 +31,7 @@ from fullft import checkpoint, lease, model, watchdog
 from fullft.cluster import is_shared
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, load_recipe
-from fullft.retention.report import model_card, summary
+from fullft.retention.report import model_card, summary_or_none
 from fullft.shards import gathered_weights, master_shards
 from fullft.tokenizer import files, load_tokenizer
 from fullft.weights import NewFile, Part, Stored, create, new_file, stored_buffers, write_parts
@@ -307,7 +307,7 @@ def export_checkpoint(
         name for name in ours.keys() | weights.sizes.keys() if ours.get(name) != weights.sizes.get(name)
     ):
         raise BadInput(f"model.path: {recipe.model.path} is not the model of {folder}: {', '.join(differ[:5])} differ")
-    card = model_card(recipe, summary(run_folder, until=int(folder.name.rpartition("-")[2])))
+    card = model_card(recipe, summary_or_none(run_folder, int(folder.name.rpartition("-")[2])))
     try:
         _prepare(layout, meta, tokenizer, partial, chosen, card, f"fullft export {run_folder} OUT")
         _write(layout, buffers.items())

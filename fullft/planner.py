@@ -36,10 +36,10 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     on_host += ("reference_model",) if train.kl_reference_offload else ()
     checkpoint = (16 if train.ema_decay else 12) * facts.parameters
     # The best is another one than the newest only if there are evaluations between.
-    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and recipe.retention.every_steps is not None)
-    kept += recipe.retention.gate.action in ("stop", "rollback") and bool(
-        recipe.retention.tasks
-    )  # that of before a loss
+    retention = recipe.retention
+    evaluates_between = retention.every_steps is not None or retention.max_overhead is not None
+    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and evaluates_between)
+    kept += retention.goes_back  # that of before a loss
     export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")
     exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * facts.parameters
     return {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
 from fullft.retention.budget import too_long
 from fullft.retention.divergence import Divergence
+from fullft.retention.run import max_positions
 from fullft.retention.suite import Suite
-from fullft.state import REQUEUE
+from fullft.state import REQUEUE, read_json, status
 from fullft.tokenizer import load_tokenizer
 
 T = TypeVar("T")
@@ -97,6 +97,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         problems += _prompt_problems(suite, meta)
         if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
             problems += baseline.problems(suite)
+        never, seldom = baseline.never_breached(suite)
+        problems += never
     # What is wrong with evaluation data has been told by the suite.
     told_once = recipe if suite is not None else recipe.without_evaluation()
     opened = attempt(open_data, told_once, tokenizer)
@@ -119,13 +121,14 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     seen = batches.mixture.seen(total * recipe.train.global_batch_size)
     trained = sum(epochs * one.summary["tokens"] for one, epochs in zip(sets, seen, strict=True))
     gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
-    refused, slow = too_long(recipe, suite.tasks, trained, total, facts.parameters, world_size, gpus)
+    divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
+    sizes = total, facts.parameters, world_size, gpus, divergence.tokens
+    refused, slow = too_long(recipe, suite.tasks, trained, *sizes)
     if refused:
         raise BadInput(refused)
-    warnings = told + unlikely(recipe, total, batches) + slow
+    warnings = told + unlikely(recipe, total, batches) + slow + seldom
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
-    divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
 
 
@@ -171,8 +174,7 @@ def finished(recipe: Recipe) -> bool:
         check_run_folder(recipe)
     except BadInput:
         return False
-    state = recipe.run_folder / "state.json"
-    return state.exists() and json.loads(state.read_text()).get("status") == "done"
+    return status(recipe.run_folder) == "done"
 
 
 def stopped_by_gate(recipe: Recipe) -> str:
@@ -181,9 +183,8 @@ def stopped_by_gate(recipe: Recipe) -> str:
         check_run_folder(recipe)
     except BadInput:
         return ""
-    file = recipe.run_folder / "state.json"
-    state = json.loads(file.read_text()) if file.exists() else {}
-    return str(state["reason"]) if state.get("gate") == recipe.retention.gate.model_dump() else ""
+    state = read_json(recipe.run_folder / "state.json")
+    return str(state["reason"]) if state.get("gate") == recipe.retention.gate_settings else ""
 
 
 def _sources(recipe: Recipe) -> list[Source]:
@@ -206,9 +207,14 @@ def _vocabulary_problems(meta: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
-    longest = _longest(meta)
+    longest = max_positions(meta)
     problems = []
     for task in suite.tasks:
+        if task.harness is not None:
+            from fullft.retention.harness import without_room
+
+            problems += [] if longest is None else without_room(task, longest)
+            continue
         if task.kind == "generate":
             what, tokens = "prompt and max_new_tokens", max(len(item.prompt) for item in task.items)
             tokens += task.max_new_tokens
@@ -218,7 +224,7 @@ def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
                 max(len(a) + len(b) - 1 for item in task.items for a, b in item.pairs),
             )
         else:
-            continue  # texts are cut into windows, and lm-evaluation-harness cuts the beginning off
+            continue  # texts are cut into windows
         if longest is not None and tokens > longest:
             problems.append(
                 f"task {task.name}: its longest {what} make {tokens} tokens, above the model's "
@@ -227,12 +233,8 @@ def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     return problems
 
 
-def _longest(meta: PreTrainedModel) -> int | None:
-    return getattr(meta.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
-    longest = _longest(meta)
+    longest = max_positions(meta)
     if longest is None or recipe.data.sequence_length <= longest:
         return []
     return [

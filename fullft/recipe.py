@@ -359,7 +359,8 @@ class Gate(Section):
 
     action: Literal["none", "alert", "stop", "rollback"] = Field(
         "alert", description="alert: tell W&B; stop: save and exit with code 75; rollback: go back to the checkpoint "
-        "before the loss, with a lower learning rate and a stronger pull"
+        "before the loss, with a lower learning rate and a stronger pull. With stop and rollback a checkpoint is also "
+        "saved at each evaluation in which every retention task is within its limit, and the last such one kept"
     )  # fmt: skip
     max_drop: float = Field(
         0.02, ge=0, description="largest loss allowed of a task: share of items for accuracies (0.02: two points), "
@@ -401,6 +402,17 @@ class Retention(Section):
         [], description="tasks, each evaluated before the first step, while training and at the end"
     )
     generation_batch_size: int = Field(32, ge=1, description="prompts generated at once on one GPU")
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether a checkpoint of before a loss is needed."""
+        return self.gate.action in ("stop", "rollback") and any(task.measures == "retention" for task in self.tasks)
+
+    @property
+    def gate_settings(self) -> dict[str, Any]:
+        """All that the gate decides by: a run that it has stopped goes on when they are others."""
+        limits = {task.name: task.max_drop for task in self.tasks if task.max_drop is not None}
+        return self.gate.model_dump() | {"max_drop_of_tasks": limits}
 
     @model_validator(mode="after")
     def _unique_names(self) -> Retention:
@@ -481,6 +493,7 @@ _MAY_CHANGE_ON_RESUME = (
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",
 )  # fmt: skip
+_LIMIT_OF_TASK = re.compile(r"retention\.tasks\.\d+\.max_drop")  # may change as well
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -488,7 +501,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flatten(recipe.model_dump(mode="json"))
-        if not key.startswith(_MAY_CHANGE_ON_RESUME)
+        if not key.startswith(_MAY_CHANGE_ON_RESUME) and not _LIMIT_OF_TASK.fullmatch(key)
     }
 
 

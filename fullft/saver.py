@@ -57,7 +57,7 @@ class Saver:
         keep_good: bool = False,
     ) -> None:
         """`keep_good`: never remove the newest checkpoint from before a retention task has passed its limit."""
-        self._keep_good = keep_good
+        self.keep_good = keep_good
         self._engine, self._folder, self._settings, self._tracker = engine, folder, settings, tracker
         self.resumed_step = self.saved_step = resumed_step  # the latter: the newest that is on disk
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
@@ -200,7 +200,7 @@ class Saver:
         lease.commit(final)
         to_disk(self._folder)
         try:
-            for old in _superfluous(self._folder, self._settings, self._keep_good):
+            for old in _superfluous(self._folder, self._settings, self.keep_good):
                 lease.remove(old)
         except OSError as error:
             self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {error}")

@@ -28,7 +28,7 @@ def set_state(folder: Path, status: str, **more: Any) -> None:
 
 def status(folder: Path) -> str:
     """That of state.json; empty if there is none."""
-    return str((_read(folder / "state.json") or {}).get("status", ""))
+    return str(read_json(folder / "state.json").get("status", ""))
 
 
 def leave_marker(folder: Path, step: int, signal: str, saved: bool) -> None:
@@ -41,7 +41,7 @@ def leave_marker(folder: Path, step: int, signal: str, saved: bool) -> None:
 
 def marker(folder: Path) -> dict[str, Any] | None:
     """What REQUEUE says; None if there is none."""
-    return _read(folder / REQUEUE)
+    return read_json(folder / REQUEUE) or None
 
 
 def remove_marker(folder: Path) -> None:
@@ -63,15 +63,16 @@ def failure(folder: Path) -> str:
         first = min(left, key=lambda file: file.stat().st_mtime, default=None)  # by the file server's clock
     except OSError:  # a newer job has removed them
         return ""
-    return str((_read(first) or {}).get("reason", "")) if first else ""
+    return str(read_json(first).get("reason", "")) if first else ""
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def read_json(file: Path) -> dict[str, Any]:
+    """Its content; {} if it does not exist, was cut off, or is no object."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
-        return None
-    return content
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from fullft import lease
 from fullft.recipe import Recipe
+from fullft.retention.runlog import rollback_entries
 from fullft.system import SystemMetrics
-from fullft.wandb_run import END_SECONDS
+from fullft.wandb_run import END_SECONDS, ROLLBACKS
 
 _LONGEST_EVENT = 4096  # bytes that a pipe takes as a whole or not at all (PIPE_BUF)
 
@@ -59,7 +60,7 @@ class Tracker:
         if not self.is_main:
             return
         self._relay()
-        self._unwritten.append(json.dumps({"step": step} | row | self._system.latest) + "\n")
+        self._unwritten.append(json.dumps({"step": step} | row | self._rollbacks | self._system.latest) + "\n")
         try:
             lease.check()
             self._append("".join(self._unwritten).encode())
@@ -108,8 +109,8 @@ class Tracker:
         self._tell({"event": "artifact", "kind": kind, "path": str(path.absolute()), "metadata": metadata})
 
     def rewind(self, step: int) -> None:
-        """The run goes on from an earlier step: later rows are dropped from metrics.jsonl. W&B keeps those it has, and
-        takes new ones from the step after them."""
+        """The run goes on from an earlier step, after a rollback that rollbacks.json has: later rows are dropped from
+        metrics.jsonl. W&B keeps those it has, and takes the new ones after them."""
         if self.is_main:
             self._rows.close()
             self._unwritten.clear()
@@ -136,6 +137,8 @@ class Tracker:
     def _open(self, step: int) -> None:
         """Go on behind the row of this step."""
         _cut_back(self._file, step)
+        before = len(rollback_entries(self._file.parent))
+        self._rollbacks = {ROLLBACKS: before} if before else {}
         # This very file, even if another job replaces it (see lease.py).
         self._rows = self._file.open("ab", buffering=0)
 
@@ -193,7 +196,7 @@ def _start_wandb(recipe: Recipe) -> subprocess.Popen[bytes] | None:
         (folder / "wandb").mkdir(exist_ok=True)
         with (folder / "wandb" / "tracker.log").open("ab") as log:
             process = subprocess.Popen(
-                [*command, str(lease.generation()), str(os.getpid())],
+                [*command, str(END_SECONDS), str(lease.generation()), str(os.getpid())],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment,
                 start_new_session=True, bufsize=0,
             )  # fmt: skip

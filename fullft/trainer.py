@@ -8,7 +8,6 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from fullft import checkpoint, lease, model, signals, watchdog
-from fullft.cluster import Cluster, host_report, sum_over_ranks
-from fullft.data.batches import Batch
+from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
+from fullft.data.batches import Batch, Batches
 from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, LeaseLost, Preempted, RetentionStopped, TrainingStopped
 from fullft.export import export
@@ -28,6 +27,7 @@ from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
 from fullft.retention import divergence, rollback
 from fullft.retention.base import ReferenceDivergence, ReplayDivergence, replay_divergence
+from fullft.retention.gate import is_fine
 from fullft.retention.pull import Pull, attach, averaged
 from fullft.retention.report import model_card, score, summary_lines, write_report
 from fullft.retention.rollback import step_of
@@ -59,10 +59,12 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
                 stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
             case "rollback":
                 step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
+                unevaluated = None
     elif decided := on_all(lambda: stop_decided(recipe, step)):  # and the run was killed before it had stopped
         stop_at_gate(recipe, cluster, tracker, saver, step, decided)
 
-    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if recipe.train.kl_weight else None
+    needs_base = recipe.train.kl_weight > 0 and step < inputs.total_steps
+    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if needs_base else None
 
     signals.enter("training")
     if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
@@ -128,6 +130,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         stopping |= abandoned
         verdict = evaluation.gate["decision"] if evaluation else "continue"
         to_save = stopping or verdict == "stop" or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
+        to_save |= saver.keep_good and evaluation is not None and evaluation.is_fine
         to_save &= verdict != "rollback"
         if to_save:
             watchdog.mark("checkpoint")
@@ -155,7 +158,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
 def checkpoint_state(recipe: Recipe, cluster: Cluster, inputs: Inputs, step: int, tokens_seen: int) -> dict[str, Any]:
     state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
-    return state | {"data": inputs.batches.fingerprint, "world_size": cluster.world_size}
+    state |= {"data": inputs.batches.fingerprint, "replay_label_weight": inputs.batches.replay_label_weight}
+    return state | {"world_size": cluster.world_size}
 
 
 def is_due(step: int, every: int | None, total: int) -> bool:
@@ -198,9 +202,7 @@ def set_up(
             f"{trainable} of {inputs.facts.parameters} parameters are trainable; full fine-tuning trains all"
         )
     end_loading_if_asked(recipe, cluster, "loading of the checkpoint")
-    if cluster.is_main:
-        rollback.finish(recipe.run_folder)  # one that was killed
-    dist.barrier()
+    on_all(lambda: rollback.finish(recipe.run_folder))  # one that was killed
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
         model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
@@ -210,19 +212,15 @@ def set_up(
     step, tokens_seen = (resumed["step"], resumed["tokens_seen"]) if resumed else (0, 0)
     unevaluated: dict[str, Any] | None = resumed.get("unevaluated") if resumed else {}
     end_loading_if_asked(recipe, cluster, "start of tracking")
-    if resumed and resumed["data"] != inputs.batches.fingerprint:
-        raise BadInput(
-            f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
-        )
-    if resumed and (changed := differences(resumed["recipe"], identity(recipe), in_both=True)):
-        raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
+    if resumed:
+        require_same(resumed, recipe, inputs.batches)
     if resumed and resumed.get("rollbacks", 0) > on_all(lambda: len(rollback.made(recipe.run_folder))):
         raise BadInput(
             f"run_dir: {resumed['path']} is of after a rollback that {recipe.run_folder}/retention/rollbacks.json does "
             "not tell of; put it back, or use another run_dir"
         )
     tracker = Tracker(recipe, cluster.is_main, inputs.total_steps, step, step - (unevaluated is not None))
-    keep_good = bool(inputs.suite.tasks) and recipe.retention.gate.action in ("stop", "rollback")
+    keep_good = recipe.retention.goes_back
     saver = Saver(engine, recipe.run_folder / "checkpoints", recipe.checkpoint, tracker, step, keep_good)
     for line in _introduction(recipe, cluster, inputs, trainable):
         tracker.say(line)
@@ -231,6 +229,22 @@ def set_up(
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
     return engine, step, tokens_seen, unevaluated, tracker, saver, pull
+
+
+def require_same(resumed: dict[str, Any], recipe: Recipe, batches: Batches) -> None:
+    """Raises BadInput if a checkpoint's state is not of this recipe and data."""
+    if resumed["data"] != batches.fingerprint:
+        raise BadInput(
+            f"data.train: the data or its tokenization has changed since {resumed['path']}; use another run_dir"
+        )
+    if changed := differences(resumed["recipe"], identity(recipe), in_both=True):
+        raise BadInput(f"run_dir: {resumed['path']} is of another recipe ({changed}); use another run_dir")
+    before, now = resumed.get("replay_label_weight", 1.0), batches.replay_label_weight
+    if before != now:
+        raise BadInput(
+            f"data.replay_weight: up to {resumed['path']} a label of replay counted {before:g} of another one, now "
+            f"{now:g}; use another run_dir"
+        )
 
 
 def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
@@ -278,6 +292,7 @@ class Measured:
 
     metrics: dict[str, Any]
     gate: dict[str, Any]  # `decision` and why, the same on all ranks
+    is_fine: bool  # every retention task is within its limit
 
 
 def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measured | None:
@@ -304,7 +319,7 @@ def evaluate(inputs: Inputs, engine: Any, step: int, tracker: Tracker) -> Measur
         for task, times in gate["breaches_in_row"].items():
             if times:  # the title is always the same, so that W&B can limit how often it tells
                 tracker.alert(f"retention of {task}", f"step {step}, {gate['decision']}: {'; '.join(gate['reasons'])}")
-    return Measured(metrics, gate)
+    return Measured(metrics, gate, is_fine(report))
 
 
 def know_rollbacks(recipe: Recipe, pull: Pull | None) -> rollback.Gentler:
@@ -355,12 +370,9 @@ def go_back(
 def stop_decided(recipe: Recipe, step: int) -> dict[str, Any] | None:
     """What the gate said at this step if it was to stop, and the recipe's gate is still the same."""
     for one in evaluations(recipe.run_folder, step):
-        gate: dict[str, Any] = one.get("gate", {})
-        if (
-            one["step"] == step
-            and gate["decision"] == "stop"
-            and gate["settings"] == recipe.retention.gate.model_dump()
-        ):
+        gate: dict[str, Any] = one.get("gate") or {}  # runs of before there was a gate have none
+        is_same = gate.get("settings") == recipe.retention.gate_settings
+        if one["step"] == step and gate.get("decision") == "stop" and is_same:
             return gate
     return None
 
@@ -374,11 +386,11 @@ def stop_at_gate(
     keep = f"fullft export {recipe.run_dir} --step {step_of(good)} --out FOLDER" if good else "there is no checkpoint"
     reason = (
         f"step {step}: {'; '.join(gate['reasons'])}. The model of before the loss: {keep}. To train on all the same, "
-        "raise retention.gate.max_drop or set retention.gate.action=alert, and start again. Else train into another "
-        "run_dir, with a lower train.learning_rate, data.replay, train.kl_weight or train.l2_pull"
+        f"raise {limits_of_breaches(recipe, gate)} or set retention.gate.action=alert, and start again. Else train "
+        "into another run_dir, with a lower train.learning_rate, data.replay, train.kl_weight or train.l2_pull"
     )
     if cluster.is_main:
-        write_report(recipe.run_folder)
+        write_report(recipe.run_folder, status="stopped", reason=reason, step=step)
         set_state(recipe.run_folder, "stopped", reason=reason, step=step, gate=gate["settings"])
         print(f"fullft: training stopped by retention.gate at {reason}", file=sys.stderr, flush=True)
     signals.enter("over")
@@ -387,11 +399,14 @@ def stop_at_gate(
     raise RetentionStopped(reason)
 
 
-def on_all(action: Callable[[], Any]) -> Any:
-    """The result of an action of rank 0, on all ranks. All ranks together."""
-    result = [action() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]
+def limits_of_breaches(recipe: Recipe, gate: dict[str, Any]) -> str:
+    """The keys of the limits that the tasks of a gate's decision have passed."""
+    keys = [
+        "retention.gate.max_drop" if task.max_drop is None else f"retention.tasks.{number}.max_drop"
+        for number, task in enumerate(recipe.retention.tasks)
+        if gate["breaches_in_row"].get(task.name)
+    ]
+    return " and ".join(sorted(set(keys)))
 
 
 def memory_metrics() -> dict[str, float]:
@@ -472,20 +487,22 @@ def leave_for_requeue(recipe: Recipe, cluster: Cluster, tracker: Tracker | None,
 
 
 def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracker: Tracker) -> None:
-    """Export the model, write the report, and mark the run as done."""
+    """Export the model, write the report, and mark the run as done. (A failed export leaves a report too: not done.)"""
     watchdog.mark("export")
     summary = write_report(recipe.run_folder) if cluster.is_main else {}
     card = model_card(recipe, summary) if cluster.is_main else ""
     export(engine, inputs.meta, inputs.tokenizer, recipe, inputs.plan["export_dtype"], card)
     tracker.artifact("model", recipe.run_folder / "export", {"step": inputs.total_steps})
-    tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
     signals.enter("over")
     if cluster.is_main:
+        summary = write_report(recipe.run_folder, status="done", step=inputs.total_steps)
+        tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
-    if cluster.is_main:
+    if summary:
         tracker.say(summary["verdict"]["sentence"])
-    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}, report in {recipe.run_folder / 'report.html'}")
+    there = f", report in {recipe.run_folder / 'report.html'}" if summary else ""
+    tracker.say(f"done: tuned model in {recipe.run_folder / 'export'}{there}")
 
 
 def mark_failed(folder: Path, reason: str) -> None:

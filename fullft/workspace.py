@@ -59,7 +59,7 @@ def save(run_dir: Path) -> str:
     import wandb
 
     tracking = yaml.safe_load((run_dir / "recipe.yaml").read_text())["tracking"]
-    entity = tracking["entity"] or wandb.Api().default_entity
+    entity = os.environ.get("WANDB_ENTITY", tracking["entity"]) or wandb.Api().default_entity
     workspace = template(entity, os.environ.get("WANDB_PROJECT", tracking["project"]))
     workspace.save()
     return f"workspace: {workspace.url}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -17,12 +18,15 @@ import datasets
 import pytest
 import torch
 from conftest import REPOSITORY, chat, chats, torchrun, write_jsonl, write_recipe
+from report_runs import write_run
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fullft import cli
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
+from fullft.retention.report import model_card, write_report
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 
@@ -555,6 +559,13 @@ def test_room_is_planned_for_the_newest_the_best_and_the_one_being_written(recip
     recipe["data"]["validation"] = recipe["data"]["train"]
     best = preflight(parse_recipe(recipe, ["retention.every_steps=1"]), 1).plan
     assert best["run_folder_bytes"] == plain["run_folder_bytes"] + plain["checkpoint_bytes"]
+    seldom = preflight(parse_recipe(recipe, ["retention.max_overhead=0.1"]), 1).plan  # how often is decided later
+    assert seldom["run_folder_bytes"] == best["run_folder_bytes"]
+    recipe["retention"] = {"every_steps": 1, "gate": {"action": "stop"}, "tasks": [
+        {"name": "general", "kind": "text", "data": recipe["data"]["train"]}
+    ]}  # fmt: skip
+    good = preflight(parse_recipe(recipe), 1).plan  # that of before a loss
+    assert good["run_folder_bytes"] == best["run_folder_bytes"] + plain["checkpoint_bytes"]
 
 
 def test_what_is_allowed_and_hardly_meant_is_a_warning(recipe: dict[str, Any]) -> None:
@@ -801,3 +812,146 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_saved_with_file_and_row(stopp
     assert sum(map(len, ids)) == 4
     (token,) = AutoTokenizer.from_pretrained(stopped.run.parent / "model")(POISON)["input_ids"]
     assert sum((batch == token).any().item() for batch in ids) == 1
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("words", "overrides"),
+    [
+        ("check r.yaml train.steps=5 --resolved data.train=a.jsonl --world-size 2", "train.steps=5 data.train=a.jsonl"),
+        ("blend run --sweep retention.tasks=[] --layer-scale x=0.5", "retention.tasks=[]"),
+        ("--local_rank=0 eval r.yaml --model lr=1 --out x=1 --base=b=2 deepspeed=z.json", "deepspeed=z.json"),
+        ("check r.yaml trian.steps=5", "trian.steps=5"),  # told as an unknown key
+        ("eval runs=old --model m train.steps=5", "train.steps=5"),  # a folder
+        ("report lr=1e-5 --out x=1.html", ""),
+        ("export train.steps=5 out", ""),
+    ],
+)
+def test_which_words_are_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, overrides: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs=old").mkdir()
+    rest, found = cli.split_overrides(words.split())
+    assert found == overrides.split()
+    assert sorted(rest + found) == sorted(words.split())
+
+
+def test_ctrl_c_on_ranks_says_that_it_was_stopped() -> None:
+    script = "from fullft import cluster\ndef stop(me): raise KeyboardInterrupt\ncluster.run_on_ranks(stop, 'x')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (1, "fullft: stopped; what is finished is kept")
+
+
+# Run folders
+
+
+def _cut(file: Path) -> None:
+    file.write_text(file.read_text()[:-20])
+
+
+def _without(key: str) -> Callable[[Path], None]:
+    def remove(file: Path) -> None:
+        content = json.loads(file.read_text())
+        for one in content.get("points", [content]):
+            one.pop(key)
+        file.write_text(json.dumps(content))
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("retention/step-00000150.json", _cut),
+        ("retention/step-00000150.json", _without("tasks")),
+        ("retention/step-00000150.json", lambda file: file.write_text("[1]")),
+        ("recipe.yaml", lambda file: file.write_text("")),
+        ("recipe.yaml", lambda file: file.write_text("a: [")),
+        ("blend.json", _without("tasks")),
+        ("blend.json", _without("alpha")),
+        ("metrics.jsonl", lambda file: file.write_text('{"train/loss": 1.0}\n')),
+        ("samples/step-00000300.gsm8k.jsonl", lambda file: file.write_text('{"correct": true}\n')),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_by_the_report_and_does_not_end_a_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[Path], Any],
+) -> None:
+    run, other = write_run(tmp_path / "run", blend=True), write_run(tmp_path / "other")
+    (other / "recipe.yaml").write_text("")
+    damage(run / name)
+    monkeypatch.setattr(sys, "argv", ["fullft", "report", str(run), str(other), "--out", str(tmp_path / "a.html")])
+    assert cli.main() == 2
+    said = capsys.readouterr().err
+    assert f"{run / name} is damaged" in said
+    assert f"{other / 'recipe.yaml'} is damaged" in said
+    assert write_report(run) == {}
+    assert str(run / name) in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_a_state_that_says_nothing_is_as_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "state.json").write_text('{"reason": "x"}')
+    assert write_report(run)["state"] == {}
+
+
+def test_a_report_overwrites_reports_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    page = tmp_path / "page.html"
+
+    def report(*runs: Path) -> int:
+        monkeypatch.setattr(sys, "argv", ["fullft", "report", *map(str, runs), "--out", str(page)])
+        return cli.main()
+
+    for suffix, content in ((".json", '{"mine": 1}'), (".html", "<title>mine</title>")):
+        mine = page.with_suffix(suffix)
+        mine.write_text(content)
+        assert report(run) == 2
+        assert f"{mine} exists and is not a report of fullft" in capsys.readouterr().err
+        assert mine.read_text() == content
+        mine.unlink()
+    assert report(run) == report(run) == report(run, run) == report(run, run) == 0
+    content = json.loads(page.with_suffix(".json").read_text())
+    assert content.keys() == {"format", "runs"}
+    old = {key: value for key, value in content["runs"][0].items() if key != "format"}
+    page.with_suffix(".json").write_text(json.dumps(old))
+    assert report(run) == 0
+
+
+def test_the_model_card_has_nothing_of_the_place_and_the_people(recipe: dict[str, Any]) -> None:
+    recipe["tracking"] = {"notes": "a secret", "entity": "my-team", "group": "my-group"}
+    for report in ({}, None):
+        card = model_card(
+            parse_recipe(recipe),
+            {"steps": 3, "tokens": 9, "final_loss": 1.0, "before_after": [], "data": {}} if report is None else report,
+        )
+        assert "learning_rate" in card
+        assert not [word for word in ("secret", "my-team", "my-group", recipe["run_dir"]) if word in card]
+        assert ("3 steps, 9 tokens" in card) == (report is None)
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_has_the_deepspeed_configurations(tmp_path: Path) -> None:
+    words = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    source = tmp_path / "source"
+    shutil.copytree(
+        REPOSITORY, source, symlinks=True, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build")
+    )
+    subprocess.run([sys.executable, "-m", "pip", *words, str(source)], check=True, timeout=240)
+    script = (
+        "from fullft import engine; from fullft.recipe import parse_recipe as p; print(engine.__file__); "
+        "[engine.read_config(p({'run_dir': 'x', 'model': {'path': 'm'}, 'data': {'train': 'a'}, 'deepspeed': d})) "
+        "for d in ('ds_configs/zero3.json', 'ds_configs/zero3_offload.json')]"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert found.stdout.startswith(str(tmp_path / "site"))

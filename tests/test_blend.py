@@ -233,6 +233,7 @@ def test_a_run_folder_knows_its_base(
     assert fullft(str(run), str(out), "--alpha", "0.5") == 2  # exists
     assert fullft(str(tuned), str(tmp_path / "other"), "--alpha", "0.5") == 2  # no run folder: base unknown
     assert fullft(str(run), str(tmp_path / "other")) == 2  # no alpha
+    assert fullft(str(run), str(run / "recipe.yaml" / "blend"), "--alpha", "0.5") == 2  # cannot be made
     assert fullft(str(run), str(tmp_path / "other"), "--alpha", "1", "--recipe", "r.yaml") == 2
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,29 @@ def test_the_ends_of_a_sweep_are_the_first_and_the_last_evaluation_of_the_run(sw
     assert found["best"]["alpha"] in (0.5, 1)
 
 
+def test_a_sweep_that_was_killed_goes_on_with_what_it_has_measured(swept: Path, tmp_path: Path) -> None:
+    """One that has all of them but the last α and blend.json; other models, recipe or weights are refused."""
+    out = tmp_path / "out"
+    shutil.copytree(swept / "blend", out / "blend")
+    before = {file: file.stat().st_mtime_ns for file in (out / "blend").glob("retention/step-*.json")}
+    lost = out / "blend" / "retention" / "step-00001000.json"
+    lost.unlink()
+    words = [*ALONE, *MODULE, "blend", "run", "--recipe", "run/recipe.yaml", "--out", str(out), "--sweep"]
+    told = call(*words, "0.5,1", folder=swept.parent)
+    assert "α = 1 (3 of 3)" in told
+    found, first = (json.loads((folder / "blend.json").read_text()) for folder in (out, swept))
+    assert found["best"]["alpha"] == first["best"]["alpha"]
+    assert {file: file.stat().st_mtime_ns for file in before if file != lost} == {
+        file: time for file, time in before.items() if file != lost
+    }
+    assert scores(out / "blend", 1000) == near(scores(swept / "blend", 1000))
+    other = call(*words, "1", "data.sequence_length=64", folder=swept.parent, code=2)
+    assert "is of another sweep (recipe was" in other
+    assert "nothing was blended" in other
+    (out / "blend" / "sweep.json").unlink()
+    assert "does not say of which models" in call(*words, "1", folder=swept.parent, code=2)
+
+
 def test_a_blend_measured_from_its_folder_is_the_one_that_was_measured_in_the_sweep(
     swept: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +173,15 @@ def test_what_cannot_be_measured_is_told_before_anything_starts(
     write_jsonl(tmp_path / "fewer.jsonl", [{"text": TEXTS[0]}])
     other = f"retention.tasks.0.data={tmp_path / 'fewer.jsonl'}"
     assert "--base: task texts: " in told(*evaluate, "run", "--base", "run", other)
+    again = ("--base", "run", "data.sequence_length=16")
+    assert "--base: task texts: the tokens of its items (data.sequence_length, " in told(*evaluate, "run", *again)
+    again = ("--base", "run", "retention.tasks.1.max_new_tokens=4")
+    assert "--base: task answers: its max_new_tokens are not those" in told(*evaluate, "run", *again)
+    mine = ("eval", "recipe.yaml", "--model", "run", "--out")
+    for taken, text in ((".", "nothing is overwritten"), ("recipe.yaml/x", "recipe.yaml is a file")):
+        kept = Path("recipe.yaml").read_text()
+        assert text in told(*mine, taken)
+        assert Path("recipe.yaml").read_text() == kept
     assert "sequence_length: 100000 is above" in told(*evaluate, "run", "data.sequence_length=100000")
     sweep = ("blend", str(tiny_model), "run/export", "--sweep", "0,1", "--recipe", "recipe.yaml", "--out", out)
     assert "none measures retention" in told(*sweep, "retention.tasks=[]")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import chats, metrics, write_jsonl, write_recipe
+from conftest import chats, metrics, run_ranks, write_jsonl, write_recipe
 from ranks import Ranks
 from scipy.stats import norm
 
 from fullft.cli import check
 from fullft.errors import BadInput
 from fullft.preflight import preflight
-from fullft.recipe import Gate, parse_recipe
-from fullft.retention.gate import decide, error_of_look, last_ok
+from fullft.recipe import Gate, Recipe, identity, parse_recipe
+from fullft.retention import baseline
+from fullft.retention.divergence import metrics as divergence_metrics
+from fullft.retention.gate import can_breach, decide, error_of_look, last_ok
+from fullft.retention.suite import _finite
+from fullft.trainer import limits_of_breaches, require_same, stop_decided
 
 GATE = Gate(action="stop", max_drop=0.02, patience=1)
 
@@ -58,7 +64,15 @@ def test_ok_watch_and_breach() -> None:
     assert [task["gate"] for task in one["tasks"].values()] == ["ok", "watch", "breach"]
     assert one["gate"]["decision"] == "stop"
     assert one["gate"]["breaches_in_row"] == {"task 0": 0, "task 1": 0, "task 2": 1}
-    assert "task task 2 has lost 0.2 nats a token" in one["gate"]["reasons"][0]
+    assert "task task 2 has lost 0.200 nats a token" in one["gate"]["reasons"][0]
+    lost = texts_task(0.0) | {"drop": None, "base": 1.5}  # a score that is not finite
+    one = decide({"step": 1, "tasks": {"nan": lost, "kept": texts_task(0.0)}}, [], GATE, 0.95, 5, False)
+    assert [task["gate"] for task in one["tasks"].values()] == ["breach", "ok"]
+    assert one["gate"]["decision"] == "stop"
+    assert one["gate"]["reasons"] == ["task nan: its loss, 1.5 at step 0, is no finite number any more"]
+    for step, base in ((0, 1.5), (1, None)):
+        one = decide({"step": step, "tasks": {"nan": lost | {"base": base}}}, [], GATE, 0.95, 5, False)
+        assert (one["tasks"]["nan"]["gate"], last_ok([one | {"step": 1}])) == ("watch", 0)
     skill = decide({"step": 1, "tasks": {"new": texts_task(9.0, measures="skill")}}, [], GATE, 0.95, 5, False)
     assert (skill["tasks"]["new"]["gate"], skill["gate"]["decision"]) == (None, "continue")
     unknown = decide({"step": 1, "tasks": {"one item": texts_task(9.0) | {"drop_se": None}}}, [], GATE, 0.95, 5, False)
@@ -83,6 +97,54 @@ def test_few_questions_that_flip_are_no_proof() -> None:
             "clusters": 2, "limit": 0.02, "discordant": [2, 0]}  # fmt: skip
     one = decide({"step": 1, "tasks": {"t": task}}, [], GATE, 0.95, 1, True)
     assert one["tasks"]["t"]["gate"] == "watch"
+
+
+def test_a_task_of_too_few_items_can_never_breach() -> None:
+    assert not can_breach("text", 1, 1, 0.02, 0.95)
+    assert not can_breach("multiple_choice", 100, 1, 0.02, 0.95)
+    assert can_breach("text", 2, 2, 0.02, 0.95)
+    # Of questions without clusters, as `decide` judges them when all that were right are wrong.
+    for items in range(2, 12):
+        task = {"measures": "retention", "metric": "acc", "test": "mcnemar_midp", "drop": 1.0, "drop_se": 0.0,
+                "n": items, "clusters": items, "limit": 0.02, "discordant": [items, 0]}  # fmt: skip
+        one = decide({"step": 1, "tasks": {"t": task}}, [], GATE, 0.95, 1, True)
+        assert can_breach("generate", items, items, 0.02, 0.95) == (one["tasks"]["t"]["gate"] == "breach")
+    assert not can_breach("generate", 2, 2, 0.02, 0.95)
+    assert can_breach("generate", 11, 11, 0.02, 0.95)
+
+
+def test_numbers_of_the_divergence_that_are_not_finite_are_not_written() -> None:
+    found = {"kl_new_task": float("nan"), "kl_general": 0.5, "tokens": {"general": 9}, "drift": {"all": float("inf")}}
+    assert _finite(found) == {"kl_new_task": None, "kl_general": 0.5, "tokens": {"general": 9}, "drift": {"all": None}}
+    assert divergence_metrics(found) == {"divergence/kl_general": 0.5}
+
+
+@pytest.mark.ranks
+def test_a_failure_of_rank_0_is_raised_on_all_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "fail.py"
+    script.write_text("""
+from fullft import cluster
+from fullft.errors import BadInput
+
+def fail(error):
+    raise error
+
+me = cluster.discover()
+cluster.join(me, 1)
+assert cluster.on_all(lambda: me.rank + 7) == 7
+said = []
+for error in (KeyError("gate"), BadInput(["one", "two"])):
+    try:
+        cluster.on_all(lambda: fail(error))
+    except Exception as caught:
+        said.append(" ".join([type(caught).__name__, *str(caught).split()]))
+print(f"rank {me.rank}: {'; '.join(said)}.", flush=True)
+cluster.leave()
+""")
+    done = run_ranks(script, ranks=2, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "rank 0: KeyError 'gate'; BadInput one two." in done.stdout
+    assert re.search(r"rank 1: RuntimeError rank 0 on .* failed: KeyError: 'gate'; BadInput one two\.", done.stdout)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
@@ -115,7 +177,7 @@ def forgetful(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
         "data": {"train": str(write_jsonl(folder / "train.jsonl", chats(40))), "sequence_length": 128},
         "train": {"steps": 6, "global_batch_size": 4, "micro_batch_size": 1, "learning_rate": 3e-2,
                   "warmup_steps": 4, "schedule": "constant"},
-        "checkpoint": {"every_steps": 1, "keep": 1, "keep_best": False},
+        "checkpoint": {"every_steps": 100, "keep": 1, "keep_best": False},  # else where all is well
         "retention": {
             "every_steps": 1,
             "tasks": [{"name": "texts", "kind": "text", "data": str(write_jsonl(folder / "texts.jsonl", lines))}],
@@ -146,6 +208,46 @@ def checkpoints(recipe: dict[str, Any]) -> list[int]:
     return sorted(int(path.name[5:]) for path in (Path(recipe["run_dir"]) / "checkpoints").glob("step-????????"))
 
 
+def test_a_decision_counts_until_a_limit_is_changed(forgetful: dict[str, Any]) -> None:
+    def task(name: str, **settings: Any) -> dict[str, Any]:
+        return forgetful["retention"]["tasks"][0] | {"name": name} | settings
+
+    def recipe_of(**settings: Any) -> Recipe:
+        raw = gated(forgetful, "decided", action="stop")
+        raw["retention"]["tasks"] = [task("texts"), task("other", **settings), task("skill", measures="skill")]
+        return parse_recipe(raw)
+
+    recipe = recipe_of(max_drop=0.1)
+    folder = recipe.run_folder / "retention"
+    folder.mkdir(parents=True)
+    gate = {"decision": "stop", "settings": recipe.retention.gate_settings, "breaches_in_row": {"texts": 0, "other": 2}}
+    (folder / "step-00000002.json").write_text(json.dumps({"step": 2, "tasks": {}, "gate": gate}))
+    (folder / "step-00000003.json").write_text(json.dumps({"step": 3, "tasks": {}}))  # of before there was a gate
+    assert stop_decided(recipe, 2) == gate
+    assert stop_decided(recipe_of(max_drop=0.5), 2) is None
+    assert stop_decided(recipe, 3) is None
+    assert limits_of_breaches(recipe, gate) == "retention.tasks.1.max_drop"
+    both = gate | {"breaches_in_row": {"texts": 1, "other": 2}}
+    assert limits_of_breaches(recipe, both) == "retention.gate.max_drop and retention.tasks.1.max_drop"
+    assert limits_of_breaches(recipe_of(), both) == "retention.gate.max_drop"
+
+
+def test_a_checkpoint_of_another_weight_of_replay_or_measured_by_an_older_version_is_refused(
+    forgetful: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = parse_recipe(gated(forgetful, "weights"))
+    batches: Any = SimpleNamespace(fingerprint="f", replay_label_weight=0.5)
+    state = {"path": "step-00000004", "data": "f", "recipe": identity(recipe)}
+    require_same(state | {"replay_label_weight": 0.5}, recipe, batches)
+    for before in ({"replay_label_weight": 0.25}, {}):  # checkpoints of before say nothing: it was 1
+        with pytest.raises(BadInput, match=r"data\.replay_weight: up to step-00000004 a label of replay counted"):
+            require_same(state | before, recipe, batches)
+    batches.replay_label_weight = 1.0
+    require_same(state, recipe, batches)
+    suite: Any = SimpleNamespace(folder=tmp_path / "retention")
+    assert "measured by an older version of fullft" in baseline.problems(suite)[0]
+
+
 @pytest.mark.ranks
 def test_stop_saves_and_exits_with_75_again_and_again_until_the_gate_is_changed(forgetful: dict[str, Any]) -> None:
     recipe = gated(forgetful, "stop", action="stop")
@@ -162,6 +264,7 @@ def test_stop_saves_and_exits_with_75_again_and_again_until_the_gate_is_changed(
     assert checkpoints(recipe) == sorted({stopped} | ({fine} if fine else set()))  # keep is 1
     run = Path(recipe["run_dir"])
     assert (run / "report.html").exists()
+    assert read(recipe, "report.json")["state"]["reason"] == state["reason"]
     assert not (run / "REQUEUE").exists()
     assert not (run / "export").exists()
     before = (run / "metrics.jsonl").read_bytes()
@@ -194,7 +297,7 @@ def test_a_rollback_goes_back_trains_gentler_and_ends_well(rolled_back: tuple[di
     recipe, run = rolled_back
     (entry,) = read(recipe, "retention/rollbacks.json")
     assert (entry["done"], entry["learning_rate_factor"], entry["to_step"] < entry["from_step"]) == (True, 1e-4, True)
-    assert read(recipe, "state.json")["status"] == "done"
+    assert read(recipe, "state.json")["status"] == read(recipe, "report.json")["state"]["status"] == "done"
     rows = [row for row in metrics(recipe) if "train/loss" in row]
     assert [row["step"] for row in rows] == list(range(1, 7))  # each once
     rates = [row["train/learning_rate"] for row in rows]
@@ -226,6 +329,10 @@ def test_a_resume_needs_the_items_of_step_0(rolled_back: tuple[dict[str, Any], P
         preflight(parse_recipe(recipe), 2)
     items.write_text(whole)
     suite = tmp_path / "run/retention/suite.json"
+    suite.rename(suite.with_suffix(".old"))
+    with pytest.raises(BadInput, match="measured by an older version of fullft"):
+        preflight(parse_recipe(recipe), 2)
+    suite.with_suffix(".old").rename(suite)
     suite.write_text(suite.read_text().replace('"items_sha256": "', '"items_sha256": "0'))
     with pytest.raises(BadInput, match="task texts: its items are not those that"):
         preflight(parse_recipe(recipe), 2)
@@ -240,12 +347,28 @@ def test_check_tells_the_smallest_drop_that_a_task_shows(
     ]
     task = {"name": "facts", "kind": "multiple_choice", "data": str(write_jsonl(tmp_path / "q.jsonl", questions))}
     recipe = gated(forgetful, "check")
-    recipe["retention"]["tasks"] = [*recipe["retention"]["tasks"], task, task | {"name": "p", "cluster_field": "page"}]
+    one = {"name": "one", "kind": "text", "data": str(write_jsonl(tmp_path / "one.jsonl", [{"text": "ZQX"}]))}
+    page = {"name": "page", "cluster_field": "page", "data": {"path": task["data"], "limit": 5}}
+    few = [one, task | page]
+    hopeless = gated(recipe, "check", action="stop")
+    hopeless["retention"]["tasks"] = few
+    with pytest.raises(BadInput, match=r"task one: 1 item can never show(.|\n)*task page: 5 items in one cluster can"):
+        preflight(parse_recipe(hopeless), 2)
+    recipe["retention"]["tasks"] = [
+        *recipe["retention"]["tasks"],
+        task,
+        task | {"name": "p", "cluster_field": "page"},
+        *few,
+    ]
+    recipe["retention"]["gate"] = {"action": "stop"}  # to which these are a warning beside the others
     check(str(write_recipe(recipe, tmp_path / "recipe.yaml")), [], 2, False)
     said = capsys.readouterr().out
     assert "retention facts: 100 items show a drop of 8.5 points with 80% power, if 10% of the items flip" in said
     assert "retention p: 100 items in 20 clusters show a drop of 9.3 points" in said
-    assert "retention texts: 16 items show a drop of 0.035 bits per byte" in said
+    assert "retention texts: 16 items show a drop of 0.035 bits a byte" in said
+    assert "retention one: 1 item can show no drop, as its error is not known" in said
+    assert "warning  task one: 1 item can never show a loss of more than 0.02 bits a byte (max_drop)" in said
+    assert "warning  task page: 5 items in one cluster can never show a loss of more than 2.0 points" in said
 
 
 @pytest.mark.ranks
@@ -273,3 +396,30 @@ def test_a_rollback_that_is_killed_in_its_middle_is_finished_by_the_next_start(
         return [[row.get(key) for key in keys] for row in metrics(recipe)]
 
     assert rows(recipe) == rows(whole)
+
+
+@pytest.mark.ranks
+def test_a_resumed_run_can_go_back_to_step_0(forgetful: dict[str, Any]) -> None:
+    """A signal comes in the evaluation of step 1, which is done after the resume and finds the loss."""
+    recipe = gated(forgetful, "to-0", action="rollback", patience=1, rollback_lr_factor=1e-4, max_drop=0.01)
+    recipe["train"] = forgetful["train"] | {"warmup_steps": 0, "steps": 2}
+    program = """
+import os, signal
+from fullft import watchdog
+
+def mark(phase, step=None, plain=watchdog.mark):
+    if (phase, step) == ("evaluation", 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    plain(phase, step)
+
+watchdog.mark = mark
+"""
+    with Ranks(recipe, program=program) as ranks:
+        assert ranks.codes() == [85, 85], ranks.output
+    assert checkpoints(recipe) == [0, 1]
+    with Ranks(recipe) as ranks:
+        assert ranks.codes() == [0, 0], ranks.output
+        assert "evaluation at step 1" in ranks.output
+        assert "rolled back to step 0" in ranks.output
+        assert "could not be written" not in ranks.output
+    assert [(entry["from_step"], entry["to_step"]) for entry in read(recipe, "retention/rollbacks.json")] == [(1, 0)]

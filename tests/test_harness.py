@@ -16,7 +16,9 @@ from test_suite import LM_EVAL_TASKS, QUESTIONS, write_harness_tasks
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.errors import BadInput
+from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
+from fullft.retention.budget import evaluation_tokens
 from fullft.retention.tasks import Prepared, prepare_tasks
 
 pytest.importorskip("lm_eval")
@@ -109,6 +111,31 @@ def test_tasks_that_cannot_be_compared_are_told(
     settings = common | LM_EVAL_TASKS["local_plain"] | changes | {"task": "broken"}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(settings))
     assert reason in told(tokenizer, "broken", tmp_path)
+
+
+def test_prompts_without_room_are_told_before_training(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    rows = write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}, "test_split": "test"}
+    for longest in (511, 512):  # the model has 512 positions
+        settings = common | LM_EVAL_TASKS["local_answer"] | {"task": f"long_{longest}"}
+        settings["generation_kwargs"] = {"until": ["x"], "max_gen_toks": longest}
+        (tmp_path / f"long_{longest}.yaml").write_text(yaml.safe_dump(settings))
+    tasks = [{"name": f"long_{one}", "kind": "harness", "harness_path": str(tmp_path)} for one in (511, 512)]
+    with pytest.raises(BadInput) as caught:
+        preflight(parse_recipe(recipe | {"retention": {"tasks": tasks}}), 1)
+    (problem,) = caught.value.problems
+    assert problem.startswith("task long_512: item 0: an answer of 512 tokens leaves none of the model's 512 positions")
+
+
+def test_choices_that_share_an_input_cost_one(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = write_jsonl(tmp_path / "q.jsonl", QUESTIONS)
+    common = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(rows)}}, "test_split": "test"}
+    settings = common | LM_EVAL_TASKS["local_plain"] | {"task": "letters", "doc_to_choice": ["A", "B", "C", "D"]}
+    (tmp_path / "letters.yaml").write_text(yaml.safe_dump(settings))
+    task = prepared(tokenizer, "letters", tmp_path)
+    pairs = [document.runs[0] for document in task.harness]
+    assert evaluation_tokens([task]) == sum(len(context) + len(answer) - 1 for context, answer in pairs)
+    assert len(task.harness[0].runs) == 4
 
 
 def test_a_missing_package_is_told(

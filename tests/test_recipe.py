@@ -429,7 +429,11 @@ def test_data_sets_and_tasks_are_part_of_the_identity() -> None:
     assert changed(replay, "data.replay_weight=0.2") - changed(replay) == {"data.replay_weight"}
     assert changed(data=SMALLEST["data"] | {"replay": {"path": "r.jsonl", "fraction": 0.1}})
     assert changed(data=SMALLEST["data"] | {"validation": "v.jsonl"})
-    assert changed(retention={"tasks": [{"name": "t", "kind": "text", "data": "x.jsonl"}]})
+    task = {"name": "t", "kind": "text", "data": "x.jsonl"}
+    assert changed(retention={"tasks": [task]})
+    with_limit = parse(retention={"tasks": [task | {"max_drop": 0.5}]})  # may change, as retention.gate.max_drop may
+    assert identity(with_limit) == identity(parse(retention={"tasks": [task]}))
+    assert with_limit.retention.gate_settings != parse(retention={"tasks": [task]}).retention.gate_settings
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "launch" / "recipes").glob("*.yaml")), ids=lambda path: path.name)

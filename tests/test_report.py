@@ -14,9 +14,14 @@ import pytest
 from report_runs import evaluation, task, write_run
 
 from fullft import cli
-from fullft.retention.report import summary, write_report
+from fullft.recipe import Gate
+from fullft.retention.gate import decide
+from fullft.retention.report import before_after, summary, summary_lines, table, write_report
+from fullft.retention.report_tables import comparison, task_table
 from fullft.retention.runlog import thin
-from fullft.retention.wording import bound, change, is_share, plane, shown, verdict, with_error
+from fullft.retention.stats import is_share
+from fullft.retention.sweep import point
+from fullft.retention.wording import bound, change, plane, shown, verdict, with_error
 
 DONE = {"status": "done", "step": 300}
 
@@ -41,7 +46,18 @@ def test_a_number_has_the_digits_that_its_error_leaves(value: float, half: float
 
 
 def test_shares_are_shown_in_points() -> None:
-    assert all(map(is_share, ("acc", "acc_norm", "exact_match", "token_accuracy", "f1", "exact_match,strict-match")))
+    shares = (
+        "acc",
+        "acc_norm",
+        "exact_match",
+        "token_accuracy",
+        "f1",
+        "em",
+        "mc2",
+        "pass@1",
+        "exact_match,strict-match",
+    )
+    assert all(map(is_share, shares))
     assert not any(map(is_share, ("loss", "bits_per_byte", "perplexity", "bleu", "accept", "match_length")))
     assert shown("acc", 0.1234) == "12.3%"
     assert shown("loss", None) == shown("loss", float("nan")) == "–"
@@ -64,7 +80,7 @@ SENTENCES: list[tuple[str, dict[str, Any], str, str]] = [
      "interval reaches above it."),
     ("nothing lost", {"gsm8k": SKILL, "general": task(gain=0.001, half=0.004, **LIMITED)}, "good",
      "Gained +41.2 ± 1.3 points on gsm8k; no loss on general (+0.1 ± 0.4 points)."),
-    ("too few items to say", {"gsm8k": SKILL, "general": task(gain=-0.01, half=0.03, **LIMITED)}, "good",
+    ("too few items to say", {"gsm8k": SKILL, "general": task(gain=-0.01, half=0.03, **LIMITED)}, "mixed",
      "Gained +41.2 ± 1.3 points on gsm8k; no significant loss on general (−1.0 ± 3.0 points; a loss above the limit of "
      "2.0 is not ruled out)."),
     ("nothing significant at all", {"gsm8k": task("exact_match", "skill", 0.12, 0.003, 1319, 0.013),
@@ -88,9 +104,20 @@ SENTENCES: list[tuple[str, dict[str, Any], str, str]] = [
      "points on t3: real, above the limit of 2.0; lost on 3 further retention tasks; no loss shown on 1 other "
      "retention task."),
     ("significant alone, not among many", {"gsm8k": SKILL,
-     "general": task(gain=-0.025, half=0.02, **LIMITED) | {"p_holm": 0.2}}, "good",
+     "general": task(gain=-0.025, half=0.02, **LIMITED) | {"p_holm": 0.2}}, "mixed",
      "Gained +41.2 ± 1.3 points on gsm8k; no significant loss on general (−2.5 ± 2.0 points; a loss above the limit of "
      "2.0 is not ruled out)."),
+    ("open to the limit, not the worst", {"gsm8k": SKILL, "a": task(gain=-0.003, half=0.004, **LIMITED),
+     "b": task(gain=0.001, half=0.03, **LIMITED), "c": task(gain=0.002, half=0.03, **LIMITED)}, "mixed",
+     "Gained +41.2 ± 1.3 points on gsm8k; no significant loss on 3 retention tasks (worst: a −0.3 ± 0.4 points); a "
+     "loss above its limit is not ruled out on 2 of 3 retention tasks."),
+    ("one lost, another open", {"gsm8k": SKILL, "a": task(gain=-0.008, half=0.004, **LIMITED),
+     "b": task(gain=0.0, half=0.03, **LIMITED)}, "mixed",
+     "Gained +41.2 ± 1.3 points on gsm8k; lost 0.8 ± 0.4 points on a: real, within the limit of 2.0; no loss shown on "
+     "1 other retention task; a loss above its limit is not ruled out on 1 of 2 retention tasks."),
+    ("one without a number", {"gsm8k": SKILL, "a": task(gain=0.001, half=0.004, **LIMITED),
+     "b": task(gain=0.0, half=0.004, **LIMITED) | {"score": None, "drop": None}}, "mixed",
+     "Gained +41.2 ± 1.3 points on gsm8k; no loss on a (+0.1 ± 0.4 points); what became of b was not measured."),
     ("no number", {"gsm8k": SKILL, "general": task(gain=0.0, half=0.004, **LIMITED) | {"score": None, "drop": None}},
      "mixed",
      "Gained +41.2 ± 1.3 points on gsm8k; forgetting was not measured (no retention task)."),
@@ -121,6 +148,53 @@ def test_the_verdict_says_how_the_run_ended() -> None:
     assert verdict(found, {"status": "stopped"}, 200, 300)["tone"] == "bad"
 
 
+def test_a_folder_of_an_evaluation_is_no_training() -> None:
+    found = [evaluation(0, {"gsm8k": SKILL}), evaluation(1, {"gsm8k": SKILL})]
+    text = verdict(found, {}, 0, None)["sentence"]
+    assert text.startswith("Model compared with base, no training here: gained +41.2 ± 1.3 points on gsm8k")
+    alone = verdict([evaluation(0, {"gsm8k": task("exact_match", "skill", 0.123, 0.0, 1319, 0.0)})], {}, 0, None)
+    assert alone["sentence"] == (
+        "A model was evaluated (gsm8k 12.3%) and compared with no base, so gain and loss are not known."
+    )
+
+
+def test_before_and_after_are_of_the_same_items() -> None:
+    """The base scored 12.3 % on all 1319 items, and 30 % on the 20 that the last evaluation has."""
+    part = SKILL | {"n": 20, "base": 0.30, "score": 0.35, "drop": -0.05, "drop_ci": [-0.2, 0.1]}
+    bits = task("bits_per_byte", "retention", 0.8, -0.1, 300, 0.01)
+    first = evaluation(0, {"gsm8k": SKILL | {"score": 0.123}, "wiki": bits | {"score": 0.8}})
+    cut = bits | {"n": 30, "base": 0.7, "score": 0.75}
+    assert before_after([first, evaluation(200, {"gsm8k": part, "wiki": cut}, whole=False)]) == [
+        ("skill", "gsm8k", "exact_match, on part of the items", "30.0%", "35.0%"),
+        ("retention", "wiki", "bits_per_byte, on part of the items", "0.7", "0.75"),
+    ]
+    assert before_after([first, evaluation(300, {"gsm8k": SKILL, "wiki": bits})])[1:] == [
+        ("retention", "wiki", "bits_per_byte", "0.8", "0.9"),
+        ("retention", "wiki", "perplexity", "12.3", "12.3"),
+    ]
+
+
+@pytest.mark.parametrize("metric", ["acc", "em", "f1", "pass@1"])
+def test_terminal_page_and_gate_print_the_same_amounts_and_verdicts(metric: str) -> None:
+    lost = task("acc", "retention", 0.65, -0.05, 500, 0.02, limit=0.02) | {"metric": metric, "discordant": [40, 15]}
+    found = decide(evaluation(1, {"x": lost}), [], Gate(action="stop", patience=1), 0.95, 1, True)
+    assert "5.0 ± 2.0 points worse than base (95% CI 3 to 7), real loss, above limit" in summary_lines(found)[0]
+    (reason,) = found["gate"]["reasons"]
+    assert reason.startswith("task x has lost 5.0 ± 2.0 points since step 0, beyond doubt over 2.")
+    assert reason.endswith("points; 2.0 points are allowed (max_drop)")
+    assert "Lost 5.0 ± 2.0 points on x" in verdict([found], DONE, 1, 1)["sentence"].replace("; lost", "; Lost")
+
+
+def test_terminal_and_page_agree_on_what_is_real() -> None:
+    """Significant alone, not by Holm; by the interval, where there is no p."""
+    shy = task(gain=-0.025, half=0.02, **LIMITED) | {"p_holm": 0.2}
+    by_interval = task(gain=-0.025, half=0.02, **LIMITED) | {"p_holm": None, "q": None, "p": None}
+    for one, said in ((shy, "no significant change"), (by_interval, "real loss, above limit")):
+        found = evaluation(300, {"x": one})
+        assert summary_lines(found)[0].endswith(said)
+        assert said in task_table({"evaluations": [found]})
+
+
 def test_the_verdict_without_evaluations_says_so() -> None:
     nothing = verdict([], DONE, 300, 300)
     assert nothing == {"sentence": "Nothing was evaluated, so gain and loss are not known.", "tone": "unknown"}
@@ -142,6 +216,11 @@ def test_skill_and_retention_of_one_point() -> None:
     }  # fmt: skip
     assert plane(tasks) == pytest.approx(((30 + 25) / 2, (-10 + 2) / 2))
     assert plane({"a": tasks["a"]}) is None
+    blend = point(0.5, tasks)
+    assert (blend["skill"], blend["retention"]) == pytest.approx((0.275, -0.04))
+    unknown = tasks | {"d": tasks["d"] | {"score": None, "drop": None}}
+    assert plane(unknown) is None, "a mean over fewer tasks is not to be compared"
+    assert point(0.5, unknown)["retention"] is None
     assert change("x", {"drop": None, "base": 1.0}) is None
 
 
@@ -181,6 +260,32 @@ def test_the_report_of_a_run_and_of_an_old_one(tmp_path: Path, capsys: pytest.Ca
     assert any("hellaswag" in text for text in content["warnings"])
     assert "p (Holm)" in (run / "report.html").read_text()
     assert "p (Holm)" not in (old / "report.html").read_text()
+
+
+def test_the_report_of_the_end_has_the_state_of_the_end(tmp_path: Path) -> None:
+    """It is written before state.json, with which the run gives up its folder."""
+    run = write_run(tmp_path / "run", state={"status": "running"})
+    content = write_report(run, status="stopped", reason="step 300: lost too much", step=300)
+    assert json.loads((run / "report.json").read_text())["state"] == content["state"]
+    assert content["state"] == {"status": "stopped", "reason": "step 300: lost too much", "step": 300}
+    page = (run / "report.html").read_text()
+    assert "<dt>status</dt><dd>stopped</dd>" in page
+    assert "stopped: step 300: lost too much" in page
+
+
+def test_scores_of_other_items_have_no_star(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "b", 1, 0.3)]
+    last = runs[1] / "retention" / "step-00000300.json"
+    content = json.loads(last.read_text())
+    content["tasks"]["hellaswag"] |= {"n": 20, "base": 0.60, "score": 0.55, "drop": 0.05, "drop_ci": [-0.1, 0.2]}
+    last.write_text(json.dumps(content | {"whole": False}))
+    shown = comparison([write_report(run) for run in runs])
+    rows = {row.split("<")[0]: row for row in shown.split("<th scope='row'>")[1:]}
+    assert "★" not in rows["hellaswag "]
+    assert "★" not in rows["average forgetting"]
+    assert "★" in rows["arc_easy "]
+    assert "No ★ for hellaswag: measured on part of the items in some of the runs" in shown
+    assert "hellaswag" in table(runs[1])
 
 
 def test_what_the_gate_took_back_is_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from conftest import REPOSITORY, TEXTS, Launch, chats, torchrun, write_jsonl, write_recipe
+from conftest import FULLFT, REPOSITORY, TEXTS, Launch, chats, run_ranks, torchrun, write_jsonl, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from fullft.data.formats import BadRow, Text, parse_choices, parse_row
@@ -21,7 +22,9 @@ from fullft.data.progress import progress
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import Recipe, Source, parse_recipe
+from fullft.retention import baseline
 from fullft.retention.budget import Budget, decide, evaluation_tokens, part_of, too_long
+from fullft.retention.suite import Suite
 from fullft.retention.tasks import Item, encode_pair, end_of_turn, prepare_tasks
 
 WORDS = ["fox", "lazy dog", "sharded ranks", "a model", "forget", "token", "answer"]
@@ -53,6 +56,16 @@ LM_EVAL_TASKS: dict[str, dict[str, Any]] = {
     "local_answer": {
         "output_type": "generate_until", "doc_to_text": "{{question}}", "doc_to_target": "{{choices[answer]}}",
         "generation_kwargs": {"until": ["e", "\n"], "do_sample": False, "max_gen_toks": 9},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    # Some beyond the 512 positions of the tiny model.
+    "local_long_choice": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question * 40}}\nAnswer:",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
+    },
+    "local_long_answer": {
+        "output_type": "generate_until", "doc_to_text": "{{question * 40}}", "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 9},
         "metric_list": [{"metric": "exact_match"}],
     },
 }  # fmt: skip
@@ -124,11 +137,12 @@ def harness_results(runs: dict[int, Path], tiny_model: Path) -> dict[str, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=64)
     manager = TaskManager(include_path=str(runs[1].parent / "harness"), include_defaults=False)
-    found: dict[str, Any] = lm_eval.simple_evaluate(
-        hflm, tasks=list(LM_EVAL_TASKS), task_manager=manager, bootstrap_iters=0, log_samples=True
-    )
+    found: dict[str, Any] = {"results": {}, "samples": {}}
+    for longest, chosen in ((64, ["local_text"]), (None, [name for name in LM_EVAL_TASKS if name != "local_text"])):
+        hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=longest)
+        one = lm_eval.simple_evaluate(hflm, tasks=chosen, task_manager=manager, bootstrap_iters=0, log_samples=True)
+        found = {key: found[key] | one[key] for key in found}
     return found
 
 
@@ -177,8 +191,13 @@ def test_harness_tasks_score_as_in_lm_evaluation_harness(
     assert (ours["local_group"]["score"], ours["local_group"]["n"]) == (pytest.approx(group), 14)
     assert ours["local_text"]["metric"] == "bits_per_byte"
     assert ours["local_text"]["score"] == pytest.approx(results["local_text"]["bits_per_byte,none"], rel=1e-6)
-    theirs = sorted(samples["local_answer"], key=lambda sample: sample["doc_id"])
-    assert [row["generation"] for row in items(runs[3], 0, "local_answer")] == [one["resps"][0][0] for one in theirs]
+    for name in ("local_answer", "local_long_answer"):
+        theirs = sorted(samples[name], key=lambda sample: sample["doc_id"])
+        assert [row["generation"] for row in items(runs[3], 0, name)] == [one["resps"][0][0] for one in theirs]
+    assert ours["local_long_choice"]["score"] == pytest.approx(results["local_long_choice"]["acc,none"])
+    for name in ("local_long_choice", "local_long_answer"):  # theirs are cut at the same place, or the answers differed
+        cut = [row.get("truncated") for row in items(runs[3], 0, name)]
+        assert (cut[0], cut[-1], set(cut)) == (None, True, {None, True})
     assert ours["local_answer"]["score"] == pytest.approx(results["local_answer"]["exact_match,none"])
     assert len((runs[3] / "samples/step-00000000.local_answer.jsonl").read_text().splitlines()) == 7
 
@@ -371,8 +390,22 @@ def test_a_suite_that_takes_longer_than_the_training_is_refused(recipe: dict[str
     for told in (f"5 × {once:,}", f"against {once:,}", "answers (100%)", "retention.every_steps", "max_overhead"):
         assert told in problem
     assert too_long(parsed, inputs.suite.tasks, once * 5 / 3, 4, 10**12, 1, True) == ([], [])
+    (problem,), _ = too_long(parsed, inputs.suite.tasks, once / 3, 4, 10**12, 1, True, 3 * once)
+    assert f"5 × {4 * once:,}" in problem
+    assert "retention.kl_tokens (75%), answers (25%)" in problem
+    assert inputs.divergence.tokens > 0
     budgeted = recipe_with(recipe, task, every_steps=1, max_overhead=0.1)
     assert too_long(budgeted, inputs.suite.tasks, once / 3, 4, 10**12, 1, True) == ([], [])
+
+
+def test_choices_that_share_an_input_cost_one(
+    recipe: dict[str, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [{"context": f"{text} Answer:", "choices": ["A", "B", "C", "D"], "answer": 0} for text in TEXTS]
+    task = {"name": "letters", "kind": "multiple_choice", "data": str(write_jsonl(tmp_path / "q.jsonl", rows))}
+    (prepared,) = prepare_tasks(recipe_with(recipe, task), tokenizer)
+    assert [len(choice) for _, choice in prepared.items[0].pairs] == [2, 2, 2, 2]  # a space, and a letter
+    assert evaluation_tokens([prepared]) == sum(len(item.pairs[0][0]) + 1 for item in prepared.items)
 
 
 @pytest.fixture
@@ -380,6 +413,28 @@ def one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_tasks_measured_otherwise_are_not_compared_with(recipe: dict[str, Any]) -> None:
+    def suite(width: int) -> Suite:
+        chosen = parse_recipe(recipe, [f"data.sequence_length={width}", f"data.validation={recipe['data']['train']}"])
+        return Suite(chosen, AutoTokenizer.from_pretrained(recipe["model"]["path"]))
+
+    before, now = suite(32), suite(16)
+    file = now.folder / "suite.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(baseline.describe(before)))
+    baseline.require_same(before, before.folder)
+    with pytest.raises(BadInput, match=r"task validation: the tokens of its items \(data.sequence_length, "):
+        baseline.require_same(now, now.folder)
+    of_old_version = baseline.describe(before)
+    for key in ("tokens_sha256", "max_new_tokens", "answer_pattern"):
+        del of_old_version["tasks"]["validation"][key]
+    file.write_text(json.dumps(of_old_version))
+    baseline.require_same(now, now.folder)
+    file.write_text("{")
+    with pytest.raises(BadInput, match="cannot be read"):
+        baseline.require_same(now, now.folder)
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -430,3 +485,29 @@ def test_evaluations_keep_to_their_budget(recipe: dict[str, Any], tmp_path: Path
     assert [row["hash"] for row in part] == [whole[row["item"]]["hash"] for row in part]
     reports = [json.loads((run / f"retention/step-{step:08d}.json").read_text()) for step in (0, 2, 4)]
     assert [report["whole"] for report in reports] == [True, False, True]
+
+
+@pytest.mark.ranks
+def test_answers_of_uneven_length_do_not_hang_an_evaluation_that_begins_with_them(
+    tmp_path: Path, tiny_model: Path, recipe: dict[str, Any]
+) -> None:
+    """The first forwards after DeepSpeed's start are collectives even where the weights are whole."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    answers = {}
+    for row in chats(30):
+        asked = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_tensors="pt")
+        answer = model.generate(**asked, max_new_tokens=8, do_sample=False)[0, asked["input_ids"].shape[1] :]
+        answers[asked["input_ids"].shape[1]] = row, answer.tolist()
+    _, (first, begun) = max(answers.items())  # the longest prompt is rank 0's, and its first token shall end an answer
+    second = next(row for row, answer in answers.values() if begun[0] not in answer)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": [begun[0]]}))
+    data = str(write_jsonl(tmp_path / "p.jsonl", [first, second]))
+    task = {"name": "answers", "kind": "generate", "data": data, "max_new_tokens": 8}
+    recipe |= {"retention": {"tasks": [task], "generation_batch_size": 1}}
+    config, out = write_recipe(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
+    words = ["eval", str(config), "--model", str(tmp_path / "model"), "--out", str(out)]
+    done = run_ranks(FULLFT, *words, ranks=2, cwd=tmp_path, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lengths = [len(tokenizer.encode(row["generation"])) for row in items(out, 0, "answers")]
+    assert lengths[0] <= 1 < lengths[1]

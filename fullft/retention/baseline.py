@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
 from fullft.retention import stats
+from fullft.retention.gate import can_breach
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
+from fullft.retention.wording import amount
 
 if TYPE_CHECKING:
     from fullft.retention.suite import Suite
@@ -30,24 +32,35 @@ def describe(suite: Suite) -> dict[str, Any]:
     settings = suite.settings
     return {
         "format": FORMAT,
-        "tasks": {task.name: _task(task) for task in suite.tasks},
+        "tasks": suite.described,
         "looks_planned": suite.looks_planned,
         "confidence": settings.confidence,
-        "limits": {
-            task.name: settings.gate.max_drop if task.max_drop is None else task.max_drop
-            for task in suite.tasks
-            if task.measures == "retention"
-        },
+        "limits": {task.name: _limit(suite, task) for task in suite.tasks if task.measures == "retention"},
         "versions": {name: version(name) for name in ("torch", "transformers", "scipy")},
     }
 
 
-def _task(task: Prepared) -> dict[str, Any]:
+def describe_task(task: Prepared) -> dict[str, Any]:
+    """What decides a task's numbers, but for the model."""
     hashes = "".join(item.key for item in task.items)
     return {
         "kind": task.kind, "measures": task.measures, "metric": task.metric, "higher_is_better": task.higher_is_better,
         "n": len(task.items), "chance": task.chance, "items_sha256": hashlib.sha256(hashes.encode()).hexdigest(),
+        "tokens_sha256": _tokens_sha256(task), "max_new_tokens": task.max_new_tokens,
+        "answer_pattern": task.answer_pattern,
     }  # fmt: skip
+
+
+def _tokens_sha256(task: Prepared) -> str:
+    """Of all ids that are run, with their labels and stops: data.sequence_length, chat template and tokenizer count."""
+    digest = hashlib.sha256()
+    for item in task.items:
+        if task.harness is not None:
+            runs = task.harness[item.number].runs
+        else:
+            runs = [item.windows, item.pairs, item.prompt, item.stop_ids, item.stop_strings]
+        digest.update(json.dumps(runs, default=vars).encode())
+    return digest.hexdigest()
 
 
 def smallest_drops(suite: Suite) -> list[str]:
@@ -59,37 +72,94 @@ def smallest_drops(suite: Suite) -> list[str]:
             sizes = [item.text_bytes or 1 for item in task.items]
         elif task.kind == "text":
             sizes = [sum(label != IGNORE for _, labels in item.windows for label in labels) for item in task.items]
-        clusters = len({item.number if item.cluster is None else item.cluster for item in task.items})
+        clusters = clusters_of(task)
+        if clusters < 2:
+            lines.append(f"{task.measures} {task.name}: {_too_few(task)} can show no drop, as its error is not known")
+            continue
         drop, assumed = stats.smallest_drop(task.metric, sizes, clusters, suite.settings.confidence)
         together = f" in {clusters:,} clusters" if clusters < len(sizes) else ""
         lines.append(
             f"{task.measures} {task.name}: {len(sizes):,} items{together} show a drop of "
-            f"{stats.amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
+            f"{amount(task.metric, drop)} with {stats.POWER:.0%} power, {assumed}"
         )
     return lines
+
+
+def clusters_of(task: Prepared) -> int:
+    return len({("item", item.number) if item.cluster is None else item.cluster for item in task.items})
+
+
+def never_breached(suite: Suite) -> tuple[list[str], list[str]]:
+    """(problems, warnings): retention tasks of which the gate can never tell a loss, whatever happens. A problem if a
+    run is to be stopped or rolled back by them, and there are no others."""
+    action, confidence = suite.settings.gate.action, suite.settings.confidence
+    retained = [task for task in suite.tasks if task.measures == "retention"]
+    found = [
+        f"task {task.name}: {_too_few(task)} can never show a loss of more than "
+        f"{amount(task.metric, _limit(suite, task))} (max_drop), so retention.gate never acts on it; give it more"
+        for task in retained
+        if not can_breach(task.kind, len(task.items), clusters_of(task), _limit(suite, task), confidence)
+    ]
+    if action == "none":
+        return [], []
+    return (found, []) if action != "alert" and len(found) == len(retained) else ([], found)
+
+
+def _limit(suite: Suite, task: Prepared) -> float:
+    return suite.settings.gate.max_drop if task.max_drop is None else task.max_drop
+
+
+def _too_few(task: Prepared) -> str:
+    items = f"{len(task.items):,} item" + ("s" if len(task.items) > 1 else "")
+    return f"{items} in one cluster" if clusters_of(task) < 2 and len(task.items) > 1 else items
 
 
 def problems(suite: Suite) -> list[str]:
     """Why a run folder that has checkpoints cannot go on measuring: its tasks were others, or step 0 is lost."""
     file = suite.folder / "suite.json"
-    found: list[str] = []
+    if not file.exists():
+        return [
+            f"run_dir: {suite.folder.parent} has checkpoints and no retention/suite.json: it was measured by an older "
+            "version of fullft, or what it measured was lost; use another run_dir"
+        ]
     try:
-        stored = json.loads(file.read_text())["tasks"] if file.exists() else None
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{file} cannot be read ({error}); put it back, or use another run_dir"]
-    for name, task in describe(suite)["tasks"].items():
-        if stored is not None and stored.get(name) != task:
-            found.append(
-                f"task {name}: its items are not those that {file} says were measured before; put the data back, or "
-                "use another run_dir"
-            )
-    if found:
-        return found
-    try:
+        require_same(suite, suite.folder)
         read(suite.folder, suite.tasks)
     except BadInput as error:
         return error.problems
     return []
+
+
+def require_same(suite: Suite, folder: Path) -> None:
+    """That the evaluations in a folder are of the suite's tasks, measured alike. Keys that only one of the two has, of
+    another version of fullft, do not count, nor does a folder without suite.json.
+
+    Raises:
+        BadInput: they are not, or suite.json is damaged.
+    """
+    file = folder / "suite.json"
+    if not file.exists():
+        return
+    try:
+        stored = json.loads(file.read_text())["tasks"]
+        wrong = {name: _difference(task, stored.get(name)) for name, task in suite.described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{file} cannot be read ({error}); put it back, or use another run_dir") from None
+    if any(wrong.values()):
+        raise BadInput([
+            f"task {name}: {text} not those that {file} says were measured before; put them back, or use another "
+            "run_dir" for name, text in wrong.items() if text
+        ])  # fmt: skip
+
+
+def _difference(task: dict[str, Any], stored: dict[str, Any] | None) -> str:
+    """What of a task is not as it was, with its verb; empty if nothing."""
+    changed = [key for key in task if stored is not None and key in stored and stored[key] != task[key]]
+    if stored is None or {"items_sha256", "n"} & set(changed):
+        return "its items are"
+    if changed == ["tokens_sha256"]:
+        return "the tokens of its items (data.sequence_length, chat template, tokenizer) are"
+    return f"its {', '.join(key for key in changed if key != 'tokens_sha256')} are" if changed else ""
 
 
 def read(folder: Path, tasks: Sequence[Prepared]) -> dict[str, list[ItemRecord]]:

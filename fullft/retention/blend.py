@@ -311,7 +311,7 @@ def blend_folders(
     Its files, their tensors and dtypes, config and tokenizer are those of the tuned model.
 
     Raises:
-        BadInput: the two do not belong together, `out` exists, or there is no room for it.
+        BadInput: the two do not belong together, or `out` exists, cannot be made, or has no room.
     """
     if not 0 <= alpha <= 1:
         raise BadInput(f"--alpha: {alpha:g} is not between 0 (the base model) and 1 (the tuned model)")
@@ -323,11 +323,11 @@ def blend_folders(
     trusted = of_recipe is not None and of_recipe.trust_remote_code
     pairs = with_scales(pairs_of_files(*folders, trusted), scales)
     new_files = [_like(file, partial) for file in sorted({pair.tuned.file for pair in pairs.values()})]
-    partial.mkdir(parents=True)
     try:
-        _copy_all_but_weights(folders[1], partial, index=len(new_files) > 1)
-        (partial / "README.md").write_text(_card(base, tuned, out.name, alpha, scales))
         try:
+            partial.mkdir(parents=True)
+            _copy_all_but_weights(folders[1], partial, index=len(new_files) > 1)
+            (partial / "README.md").write_text(_card(base, tuned, out.name, alpha, scales))
             for file in new_files:
                 create(file)
         except OSError as error:

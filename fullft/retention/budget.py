@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from fullft import lease
 from fullft.recipe import Recipe
-from fullft.retention.tasks import Item, Prepared, Prompt
+from fullft.retention.baseline import file_name
+from fullft.retention.tasks import Item, Pair, Prepared, Prompt, Window
+from fullft.state import read_json
 
 _TIMED_STEPS = 5  # before the decision; of more than one the first is left out, which is slower
 _MOST_LOOKS = 20  # evaluations while training: more tell nothing more, and each is one more chance of a false alarm
@@ -86,7 +88,7 @@ class Budget:
         if self._known is None:
             found: list[Any] = [{}]
             if dist.get_rank() == 0:
-                found = [_read(self.file) or {"base_seconds": _seconds_of_base(self.file.parent)}]
+                found = [read_json(self.file) or {"base_seconds": _seconds_of_base(self.file.parent)}]
                 if found[0].get("asked") != self._asked():
                     found = [{name: found[0].get(name) for name in ("base_seconds", "fixed_seconds")}]
             dist.broadcast_object_list(found, src=0)
@@ -157,17 +159,9 @@ def part_of(items: Sequence[Item], share: float) -> list[Item]:
     return sorted(chosen, key=lambda item: item.number)
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
-    except (OSError, ValueError):
-        return None
-
-
 def _seconds_of_base(folder: Path) -> float | None:
     """What the evaluation at step 0 says that it took, where the budget was wished for later."""
-    return (_read(folder / "step-00000000.json") or {}).get("seconds")
+    return read_json(folder / f"{file_name(0)}.json").get("seconds")
 
 
 # Before training
@@ -177,23 +171,28 @@ def evaluation_tokens(tasks: Sequence[Prepared]) -> int:
     """What one whole evaluation costs, in forward passes of one token."""
     total = 0
     for task in tasks:
-        for item in task.items:
-            if task.harness is not None:
-                total += sum(_tokens_of(run) for run in task.harness[item.number].runs)
-            elif task.kind == "generate":
-                total += _tokens_of(Prompt(item.prompt, task.max_new_tokens))
+        inputs = set[tuple[int, ...]]()  # of pairs: those with the same one, e.g. the letters of a question, run once
+        for run in _runs(task):
+            if isinstance(run, Prompt):
+                total += len(run.ids) + _GENERATED * run.max_new_tokens
+            elif isinstance(run, tuple):
+                inputs.add((*run[0], *run[1][:-1]))
             else:
-                total += _tokens_of(item.windows) + sum(_tokens_of(pair) for pair in item.pairs)
+                total += sum(len(ids) for ids, _ in run)
+        total += sum(map(len, inputs))
     return total
 
 
-def _tokens_of(run: Any) -> int:
-    """Of a pair of multiple choice, the windows of a text, or a prompt."""
-    if isinstance(run, Prompt):
-        return len(run.ids) + _GENERATED * run.max_new_tokens
-    if isinstance(run, tuple):
-        return len(run[0]) + len(run[1]) - 1
-    return sum(len(ids) for ids, _ in run)
+def _runs(task: Prepared) -> Iterator[Pair | list[Window] | Prompt]:
+    """All that a task runs."""
+    for item in task.items:
+        if task.harness is not None:
+            yield from task.harness[item.number].runs
+        elif task.kind == "generate":
+            yield Prompt(item.prompt, task.max_new_tokens)
+        else:
+            yield item.windows
+            yield from item.pairs
 
 
 def too_long(
@@ -204,19 +203,21 @@ def too_long(
     parameters: int,
     ranks: int,
     on_gpu: bool,
+    compared_tokens: int = 0,
 ) -> tuple[list[str], list[str]]:
     """(problems, warnings) if all evaluations of a run would take longer than its training.
 
     A suite of less than about a minute is warned of, not refused; with retention.max_overhead neither.
+    `compared_tokens`: on which an evaluation measures the divergence from the base model.
     """  # fmt: skip
     every = recipe.retention.every_steps
     looks = 2 + ((total_steps - 1) // every if every else 0)
-    once = evaluation_tokens(tasks)
+    once = evaluation_tokens(tasks) + compared_tokens
     training = trained_tokens * (_RECOMPUTED if recipe.train.activation_checkpointing else _TRAINED)
     if recipe.retention.max_overhead is not None or looks * once <= training:
         return [], []
-    costs = {task.name: evaluation_tokens([task]) for task in tasks}
-    largest = sorted(costs, key=lambda name: -costs[name])[:3]
+    costs = {task.name: evaluation_tokens([task]) for task in tasks} | {"retention.kl_tokens": compared_tokens}
+    largest = sorted(filter(costs.get, costs), key=lambda name: -costs[name])[:3]
     text = (
         f"retention: {looks} evaluations would take longer than the training: {looks} × {once:,.0f} forward passes of "
         f"a token against {training:,.0f} (a token of training counts {training / max(trained_tokens, 1):.0f}, a "

@@ -59,6 +59,11 @@ class Divergence:
         self._known: dict[str, Predictions] | None = None
         self._weights: Weights | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens on which each evaluation compares the two models."""
+        return sum(len(ids) for rows in self._rows.values() for ids, *_ in rows)
+
     def know_base(self, engine: Any, step: int, say: Callable[[str], None]) -> None:
         """Before the first `measure`; else there is nothing to do. All ranks together; at step 0 the engine has the
         base model.
@@ -161,7 +166,7 @@ def metrics(divergence: dict[str, Any]) -> dict[str, float]:
     """As metric names: divergence/…"""
     found = {f"divergence/{name}": divergence.get(name) for name in ("kl_new_task", "kl_general", "changed_bf16")}
     found["divergence/drift"] = (divergence.get("drift") or {}).get("all")
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _ratio(sums: Iterable[Sequence[float]]) -> float | None:

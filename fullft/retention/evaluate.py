@@ -17,12 +17,11 @@ from fullft.errors import BadInput
 from fullft.preflight import Measured, preflight_evaluation
 from fullft.recipe import Recipe, load_recipe
 from fullft.retention import baseline
+from fullft.retention.baseline import file_name
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights
 from fullft.retention.evaluation import Evaluation
 from fullft.retention.report import summary_lines
 from fullft.tokenizer import load_tokenizer
-
-_BASE = "step-00000000"  # in the names of the files of the evaluation that the others are compared with
 
 
 def evaluate(recipe: Recipe, name: str, base: str | None, out: Path, me: Cluster) -> Evaluation:
@@ -34,12 +33,12 @@ def evaluate(recipe: Recipe, name: str, base: str | None, out: Path, me: Cluster
             step 0 is taken, or a model of the same architecture, which is measured first.
 
     Raises:
-        BadInput: something does not fit, or `out` has an evaluation already.
+        BadInput: something does not fit, or there is something in `out` already.
     """
-    require_new(out / "retention")
+    require_new(out)
     of_recipe, recipe = recipe.model, for_evaluation(recipe, name, out)
     ready = preflight_evaluation(recipe, me.world_size)
-    known = base is not None and Path(base, "retention", f"{_BASE}.json").exists()
+    known = base is not None and Path(base, "retention", f"{file_name(0)}.json").exists()
     pairs = None
     if base is not None and not known:
         require_shards(ready)
@@ -100,8 +99,16 @@ def is_run(folder: Path) -> bool:
 
 
 def require_new(folder: Path) -> None:
-    if folder.exists():
+    """Raises BadInput for a folder with anything in it, and for one that cannot be made."""
+    require_possible(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise BadInput(f"{folder} exists, nothing is overwritten; remove it, or give another folder with --out")
+
+
+def require_possible(folder: Path) -> None:
+    """Raises BadInput for a folder whose place is taken by a file."""
+    if file := next((one for one in (folder, *folder.parents) if one.exists() and not one.is_dir()), None):
+        raise BadInput(f"--out: {folder} cannot be made: {file} is a file")
 
 
 def for_evaluation(recipe: Recipe, name: str, out: Path) -> Recipe:
@@ -134,8 +141,9 @@ def require_shards(ready: Measured) -> None:
 
 
 def require_same_tasks(ready: Measured, folder: Path) -> None:
-    """Raises BadInput when an evaluation has not the items that the suite measures."""
+    """Raises BadInput when an evaluation has not the items that the suite measures, or measured them otherwise."""
     try:
+        baseline.require_same(ready.suite, folder)
         baseline.read(folder, ready.suite.tasks)
     except BadInput as error:
         advice = "(measured with another recipe, or other data? A model given as --base is measured anew)"
@@ -144,7 +152,7 @@ def require_same_tasks(ready: Measured, folder: Path) -> None:
 
 def _copy_base(source: Path, target: Path) -> None:
     """The evaluation of step 0 with its items."""
-    for file in source.glob(f"**/{_BASE}.*"):
+    for file in source.glob(f"**/{file_name(0)}.*"):
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)

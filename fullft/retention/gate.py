@@ -19,6 +19,7 @@ from scipy import stats as distributions
 from fullft.recipe import Gate
 from fullft.retention import stats
 from fullft.retention.evaluation import Evaluation
+from fullft.retention.wording import amount, change
 
 OK, WATCH, BREACH = "ok", "watch", "breach"
 
@@ -34,8 +35,9 @@ def decide(
 ) -> Evaluation:
     """The evaluation with what the gate says of each retention task, `look`, and `gate`: what is to be done.
 
-    A task is "ok" while its drop is within its limit, "watch" above it, "breach" beyond doubt above it. A breach counts
-    once it was seen in `gate.patience` evaluations in a row; in the last of the run at once.
+    A task is "ok" while its drop is within its limit, "watch" above it, "breach" beyond doubt above it, or if its score
+    is no finite number any more. A breach counts once it was seen in `gate.patience` evaluations in a row; in the last
+    of the run at once.
 
     before: the evaluations of earlier steps, oldest first. last: there will be no other look.
     """  # fmt: skip
@@ -55,7 +57,6 @@ def decide(
         decision = "stop"
         reasons.append(f"it has been rolled back {rollbacks} times, as often as retention.gate.max_rollbacks allows")
     said = {"action": gate.action, "decision": decision, "reasons": reasons, "breaches_in_row": in_row}
-    said |= {"settings": gate.model_dump()}
     return evaluation | {"look": look, "looks_planned": looks_planned, "tasks": judged, "gate": said}
 
 
@@ -67,11 +68,22 @@ def error_of_look(look: int, planned: int, last: bool, alpha: float) -> float:
 
 def last_ok(evaluations: Sequence[Evaluation]) -> int:
     """The step of the newest evaluation in which every retention task was within its limit; 0, the base, is always."""
-    fine = (OK, None)
-    return max(
-        (one["step"] for one in evaluations if all(task.get("gate") in fine for task in one["tasks"].values())),
-        default=0,
-    )
+    return max((one["step"] for one in evaluations if is_fine(one)), default=0)
+
+
+def is_fine(evaluation: Evaluation) -> bool:
+    """Whether every retention task was within its limit."""
+    return all(task.get("gate") in (OK, None) for task in evaluation["tasks"].values())
+
+
+def can_breach(kind: str, items: int, clusters: int, limit: float, confidence: float) -> bool:
+    """Whether a task could ever breach: if every item that was right were wrong at the last look."""
+    if clusters < 2:
+        return False  # its error is not known
+    if kind not in ("multiple_choice", "generate") or clusters < items:
+        return True
+    centre, se = stats.adjusted_wald(items, 0, items)
+    return centre - _upper_quantile((1 - confidence) / 2, None) * se > limit
 
 
 def _judge(tasks: dict[str, dict[str, Any]], error: float | None) -> dict[str, dict[str, Any]]:
@@ -80,8 +92,10 @@ def _judge(tasks: dict[str, dict[str, Any]], error: float | None) -> dict[str, d
     estimates = {name: _estimate(task) for name, task in tasks.items() if task["measures"] == "retention"}
     known = {name: estimate for name, estimate in estimates.items() if estimate is not None}
     for name in estimates:
-        drop = tasks[name]["drop"]
-        judged[name]["gate"] = OK if drop is None or drop <= tasks[name]["limit"] else WATCH
+        drop, limit = tasks[name]["drop"], tasks[name]["limit"]
+        judged[name]["gate"] = OK if drop is not None and drop <= limit else WATCH
+        if error is not None and drop is None and tasks[name]["base"] is not None:
+            judged[name]["gate"] = BREACH  # a score that is not finite: no doubt about it
     if error is None:
         return judged
     # Holm: the surest breach is tried against error / m, the next against error / (m - 1), ..., until one fails.
@@ -126,5 +140,9 @@ def _upper_quantile(error: float, degrees: int | None) -> float:
 
 
 def _reason(name: str, task: dict[str, Any]) -> str:
-    amount, bound, limit = (stats.amount(task["metric"], task[key]) for key in ("drop", "lower_bound_gate", "limit"))
-    return f"task {name} has lost {amount} since step 0, beyond doubt more than {bound}; {limit} are allowed (max_drop)"
+    if task["drop"] is None:
+        return f"task {name}: its {task['metric']}, {task['base']:.3g} at step 0, is no finite number any more"
+    lost, metric = change(name, task), task["metric"]
+    assert lost is not None  # or there would be no bound
+    bound, limit = amount(metric, task["lower_bound_gate"]), amount(metric, task["limit"])
+    return f"task {name} has lost {lost.amount} since step 0, beyond doubt over {bound}; {limit} are allowed (max_drop)"

@@ -21,7 +21,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from fullft.data.tokens import beginning, encode
 from fullft.errors import BadInput
 from fullft.recipe import Task
-from fullft.retention.run import Batching, generations, loglikelihoods, text_records, text_sums
+from fullft.retention.run import Batching, generations, loglikelihoods, max_positions, text_records, text_sums
 from fullft.retention.tasks import Item, Pair, Prepared, Prompt, Window, encode_pair, rolling_windows
 
 _SEED = 1234  # of the few-shot examples, as lm_eval's default
@@ -253,7 +253,12 @@ def run_harness(
 ) -> list[dict[str, Any]]:
     """Records of the prepared items (which may be a part of all): a value, or those of a text. All ranks together."""
     documents = [prepared.harness[item.number] for item in prepared.items]
-    requests = [(instance, run) for one in documents for instance, run in zip(one.instances, one.runs, strict=True)]
+    longest = max_positions(engine.module) or 1 << 30
+    requests = [
+        (instance, _fitted(run, longest))
+        for one in documents
+        for instance, run in zip(one.instances, one.runs, strict=True)
+    ]
     texts = _answer(engine, tokenizer, requests, batching, prepared.name)
     for subtask in {id(document.task): document.task for document in documents}.values():
         subtask._instances = [instance for one in documents if one.task is subtask for instance in one.instances]
@@ -270,7 +275,37 @@ def run_harness(
             records.append({"value": float(value), "generation": str(document.instances[0].resps[0])})
         else:
             records.append({"value": float(value)})
+        if any(_is_cut(run, longest) for run in document.runs):
+            records[-1]["truncated"] = True
     return records
+
+
+def without_room(prepared: Prepared, longest: int) -> list[str]:
+    """The problem of a task one of whose answers alone has as many tokens as the model has positions, or more."""
+    for item in prepared.items:
+        for run in prepared.harness[item.number].runs:
+            # Of a pair the last token needs no position.
+            tokens = run.max_new_tokens if isinstance(run, Prompt) else len(run[1]) - 1 if isinstance(run, tuple) else 0
+            if tokens >= longest:
+                how = "lower max_gen_toks in" if isinstance(run, Prompt) else "leave it out with"
+                return [
+                    f"task {prepared.name}: item {item.number}: an answer of {tokens} tokens leaves none of the "
+                    f"model's {longest} positions (max_position_embeddings) to the prompt; {how} a task file of your "
+                    "own (harness_path)"
+                ]
+    return []
+
+
+def _is_cut(run: Pair | list[Window] | Prompt, longest: int) -> bool:
+    """Whether it loses its beginning, since the model has only so many positions. The last token needs none."""
+    if isinstance(run, Prompt):
+        return len(run.ids) + run.max_new_tokens > longest
+    return isinstance(run, tuple) and len(run[0]) + len(run[1]) > longest + 1
+
+
+def _fitted(run: Any, longest: int) -> Any:
+    """A prompt's end that leaves room for the longest answer, as HFLM cuts it; `loglikelihoods` cuts pairs."""
+    return replace(run, ids=run.ids[-(longest - run.max_new_tokens) :]) if isinstance(run, Prompt) else run
 
 
 def _answer(

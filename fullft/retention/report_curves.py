@@ -7,7 +7,8 @@ from typing import Any
 
 from fullft.retention.charts import Chart, Line, draw
 from fullft.retention.report_tables import RETENTION, SKILL, Report, escaped, task_names
-from fullft.retention.wording import change, is_share, plane, unit
+from fullft.retention.stats import is_share
+from fullft.retention.wording import change, plane, unit
 
 _TITLES = {  # of metrics.jsonl: title and unit
     "train/loss": ("training loss", "nats a token"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fullft.retention.wording import Change, bound, change, changes, is_share, shown, unit, with_error
+from fullft.retention.stats import is_share
+from fullft.retention.wording import Change, bound, change, changes, shown, unit, with_error
 
 Report = dict[str, Any]  # as of report.collect
 
@@ -149,9 +151,11 @@ def comparison(reports: Sequence[Report]) -> str:
         for at, report in enumerate(reports)
     )
     rows = [_compared_task(name, reports) for name in task_names(reports)]
+    unlike = [name for name in task_names(reports) if not _same_items(name, reports)]
+    rank_means = _same_kept(reports) and not any(name in _kept(report) for report in reports for name in unlike)
     for key, title in (("average_forgetting", "average forgetting"), ("retention_mean", "kept, mean of the tasks")):
         values = [((report["evaluations"] or [{}])[-1].get("summary") or {}).get(key) for report in reports]
-        low = key == "average_forgetting"
+        low = key == "average_forgetting" if rank_means else None
         rows.append(_compared(title, values, lambda v: f"{v:.4g}", lower=low))
     divergences = [(report["evaluations"] or [{}])[-1].get("divergence") or {} for report in reports]
     rows.append(_compared("KL on the new task", [one.get("kl_new_task") for one in divergences], lambda v: f"{v:.3g}"))
@@ -172,6 +176,13 @@ def comparison(reports: Sequence[Report]) -> str:
         "★ best of the row, by chance perhaps: see the ±, half the confidence interval of the change to the base "
         "model. Scores are of the last evaluation."
     )
+    if unlike:
+        note += (
+            f" No ★ for {escaped(', '.join(unlike))}: measured on part of the items in"
+            " some of the runs, on other items, or from another base model; compare the changes."
+        )
+    if not rank_means:
+        note += " No ★ for the means, which are not of the same tasks and items."
     return table_box(head, "".join(rows), "The runs side by side") + f"<p class='note'>{note}</p>"
 
 
@@ -191,7 +202,26 @@ def _compared_task(name: str, reports: Sequence[Report]) -> str:
     values = [task["score"] if task else None for task in tasks]
     about = f"{known['measures']}, {known['metric'].replace('_', ' ')}, {unit(known['metric'])}"
     title = f"{escaped(name)} <small>{escaped(about)}</small>"
-    return _compared(title, values, None, lower=not known["higher_is_better"], texts=texts)
+    lower = not known["higher_is_better"] if _same_items(name, reports) else None
+    return _compared(title, values, None, lower, texts)
+
+
+def _kept(report: Report) -> set[str]:
+    return {name for name, task in last_tasks(report).items() if task["measures"] == "retention"}
+
+
+def _same_kept(reports: Sequence[Report]) -> bool:
+    """Whether the last evaluations have the same retention tasks."""
+    return len({frozenset(_kept(report)) for report in reports if report["evaluations"]}) <= 1
+
+
+def _same_items(name: str, reports: Sequence[Report]) -> bool:
+    """Whether the scores of a task can be compared: from as many items, on which the base scored as well in all runs
+    (half a percent apart at most, as the same model does on other machines)."""
+    tasks = [task for report in reports if (task := last_tasks(report).get(name))]
+    bases = [task["base"] for task in tasks if task["base"] is not None]
+    alike = all(math.isclose(base, bases[0], rel_tol=0.005) for base in bases)
+    return alike and len({(task["metric"], task["n"]) for task in tasks}) <= 1
 
 
 def _compared(

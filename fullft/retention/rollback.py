@@ -19,7 +19,7 @@ from fullft import lease
 from fullft.checkpoint import all_complete
 from fullft.recipe import Gate
 from fullft.retention.gate import last_ok
-from fullft.retention.runlog import evaluations, metrics
+from fullft.retention.runlog import evaluations, metrics, rollback_entries
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ def gentler(run_folder: Path) -> Gentler:
 
 def made(run_folder: Path) -> list[dict[str, Any]]:
     """The rollbacks of a run, oldest first."""
-    file = _file(run_folder)
-    entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    return entries
+    return rollback_entries(run_folder)
 
 
 def target(run_folder: Path, step: int) -> Path | None:

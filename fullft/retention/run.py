@@ -130,6 +130,12 @@ def _batched_by_tokens(lengths: Sequence[int], tokens: int) -> list[list[int]]:
     return batches
 
 
+def max_positions(model: Any) -> int | None:
+    """Tokens that a model has positions for; None if it has no limit."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def _padded(rows: Sequence[Sequence[int]], filler: int, device: Any) -> torch.Tensor:
     """[rows, longest] int64, filled up at the end."""
     width = max(map(len, rows))
@@ -191,7 +197,7 @@ def loglikelihoods(engine: Any, pairs: Sequence[Pair], tokens: int, title: str) 
     Pairs with the same input, e.g. the letters of one question, share a row of a forward. What is longer than the
     model's positions loses its beginning, as in lm-evaluation-harness. At most `tokens` padded tokens a forward.
     """
-    longest = getattr(engine.module.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    longest = max_positions(engine.module) or 1 << 30
     inputs, rows = [], dict[tuple[int, ...], list[int]]()
     for number, (context, continuation) in enumerate(pairs):
         inputs.append(tuple([*context, *continuation][-(longest + 1) :][:-1]))
@@ -255,14 +261,10 @@ def generations(
     stop = module.generation_config.eos_token_id
     known = [*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id]
     padding = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
-    batches = []
-    for alike in _alike(prompts):
-        lengths = [len(prompts[number].ids) for number in alike]
-        batches += [[alike[index] for index in batch] for batch in batched(lengths, size)]
 
     @torch.no_grad()
-    def run(batch: int) -> list[tuple[int, str]]:
-        chosen = [prompts[number] for number in batches[batch]]
+    def run(numbers: Sequence[int]) -> list[tuple[int, str]]:
+        chosen = [prompts[number] for number in numbers]
         width, first = max(len(prompt.ids) for prompt in chosen), chosen[0]
         ids = torch.tensor(
             [[padding] * (width - len(prompt.ids)) + prompt.ids for prompt in chosen], device=engine.device
@@ -279,15 +281,23 @@ def generations(
             pad_token_id=padding,
             stop_strings=list(first.stop_strings) or None,
         )
-        # synced_gpus: ranks whose answers end early go on running the forwards that the others need.
-        synced = dist.get_world_size() > 1 and not _is_whole(module)
+        # synced_gpus: ranks whose answers end early go on running the forwards that the others need. With whole weights
+        # too: until DeepSpeed has seen two forwards alike, it compares between all ranks what each of them has run.
+        synced = dist.get_world_size() > 1
         answers = module.generate(input_ids=ids, attention_mask=mask, synced_gpus=synced, tokenizer=tokenizer)
         texts = tokenizer.batch_decode(answers[:, width:], skip_special_tokens=True)
-        return list(zip(batches[batch], (_cut(text, first.stop_strings) for text in texts), strict=True))
+        return list(zip(numbers, (_cut(text, first.stop_strings) for text in texts), strict=True))
+
+    def shared(alike: Sequence[int]) -> Iterator[tuple[int, str]]:
+        lengths = [len(prompts[number].ids) for number in alike]
+        batches = [[alike[index] for index in batch] for batch in batched(lengths, size)]
+        for result in share(len(batches), lambda batch: run(batches[batch]), engine.device, title):
+            yield from result
 
     own = module.generation_config
     try:
-        texts = dict(pair for result in share(len(batches), run, engine.device, title) for pair in result)
+        # Alike by alike, lest a rank that is done run on beyond its positions for another's longer answers.
+        texts = dict(pair for alike in _alike(prompts) for pair in shared(alike))
     finally:
         module.generation_config = own
     return [texts[number] for number in range(len(prompts))]
@@ -299,10 +309,6 @@ def _alike(prompts: Sequence[Prompt]) -> list[list[int]]:
     for number, prompt in enumerate(prompts):
         groups.setdefault((prompt.max_new_tokens, prompt.stop_ids, prompt.stop_strings), []).append(number)
     return list(groups.values())
-
-
-def _is_whole(module: Any) -> bool:
-    return all(_EVALUATION in parameter.ds_active_sub_modules for parameter in module.parameters())
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

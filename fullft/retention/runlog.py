@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -12,12 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from fullft.errors import BadInput
 from fullft.retention.wording import Evaluation
 
 _CURVES = re.compile(  # of metrics.jsonl, drawn over the steps
     r"train/(loss(_\w+)?|learning_rate|grad_norm|l2_distance)|perf/(tokens_per_second|mfu)|time/step_seconds"
     r"|memory/peak_gib"
 )
+_OF_TASK = {"measures", "metric", "higher_is_better", "score", "base", "drop", "extra"}  # at least, in an evaluation
 _POINTS = 120  # of a curve; more rows are averaged
 _LONGEST_TEXT = 4000  # characters of a prompt or answer that are kept
 _GENERATIONS = 50  # kept of a task
@@ -25,17 +30,33 @@ _GENERATIONS = 50  # kept of a task
 
 def evaluations(run_folder: Path, until: int | None = None) -> list[Evaluation]:
     """All evaluations of a run (until a step), by step."""
-    found = [json.loads(path.read_text()) for path in sorted((run_folder / "retention").glob("step-*.json"))]
+    found = [_evaluation(path) for path in sorted((run_folder / "retention").glob("step-*.json"))]
     return [one for one in found if until is None or one["step"] <= until]
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Its content; {} if it does not exist or was cut off."""
+def _evaluation(file: Path) -> Evaluation:
+    with whole(file):
+        content: Evaluation = json.loads(file.read_text())
+        int(content["step"])
+        _require_numbers(content["tasks"])
+    return content
+
+
+def _require_numbers(tasks: dict[str, dict[str, Any]]) -> None:
+    for name, task in tasks.items():
+        if lacking := _OF_TASK - task.keys():
+            raise ValueError(f"its task {name} has no {', '.join(sorted(lacking))}")
+
+
+@contextlib.contextmanager
+def whole(file: Path) -> Iterator[None]:
+    """What is read of a file here is as fullft writes it. Raises BadInput, with its name, if not."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        yield
+    except KeyError as error:
+        raise BadInput(f"{file} is damaged (it has no {error}); put it back, or remove it") from None
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise BadInput(f"{file} is damaged ({str(error).partition(chr(10))[0]}); put it back, or remove it") from None
 
 
 @dataclass
@@ -52,9 +73,7 @@ class Log:
 def read_log(run_folder: Path, until: int | None = None) -> Log:
     """Of the rows until a step."""
     log = Log()
-    for row in _rows(run_folder / "metrics.jsonl"):
-        if until is not None and row["step"] > until:
-            continue
+    for row in metrics(run_folder, until):
         log.step = row["step"]
         log.failed_checkpoints += int(row.get("checkpoint/failed", 0))
         if "train/loss" not in row:
@@ -78,20 +97,58 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             yield from (json.loads(line) for line in lines if line.rstrip().endswith("}"))
 
 
-def metrics(run_folder: Path, until: int | None = None) -> list[dict[str, Any]]:
+def metrics(run_folder: Path, until: int | None = None) -> Iterator[dict[str, Any]]:
     """All rows of metrics.jsonl (until a step)."""
-    return [row for row in _rows(run_folder / "metrics.jsonl") if until is None or row["step"] <= until]
+    file = run_folder / "metrics.jsonl"
+    with whole(file):
+        for row in _rows(file):
+            if row["step"] <= (math.inf if until is None else until):
+                yield row
 
 
 def rollbacks(run_folder: Path) -> list[dict[str, Any]]:
     """Those that the gate made, oldest first: entries of retention/rollbacks.json, each with "evaluations", those of
     the steps that were abandoned."""
-    file = run_folder / "retention" / "rollbacks.json"
-    entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    entries = rollback_entries(run_folder)
     for number, entry in enumerate(entries, start=1):
         aside = sorted((run_folder / "retention" / f"rollback-{number}").glob("step-*.json"))
-        entry["evaluations"] = [json.loads(path.read_text()) for path in aside]
+        entry["evaluations"] = [_evaluation(path) for path in aside]
     return entries
+
+
+def rollback_entries(run_folder: Path) -> list[dict[str, Any]]:
+    """Content of retention/rollbacks.json, oldest first; as the gate makes them, see rollback.py. Raises BadInput if
+    that is damaged."""
+    file = run_folder / "retention" / "rollbacks.json"
+    with whole(file):
+        entries: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
+    return entries
+
+
+def blend(file: Path) -> dict[str, Any] | None:
+    """Content of blend.json; None if there is none. Raises BadInput if it is another file, or damaged."""
+    if not file.exists():
+        return None
+    with whole(file):
+        content: dict[str, Any] = json.loads(file.read_text())
+        if content.get("format") != "fullft-blend/1":
+            raise ValueError("it is not a blend.json of `fullft blend --sweep`")
+        for point in content["points"]:
+            float(point["alpha"])
+            _require_numbers(point["tasks"])
+        if content["best"] and not {"alpha", "why"} <= content["best"].keys():
+            raise ValueError("its best point is not told")
+    return content
+
+
+def recipe(file: Path) -> tuple[dict[str, Any], str]:
+    """(content, text) of a recipe.yaml. Raises BadInput if that is damaged."""
+    with whole(file):
+        text = file.read_text()
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is not a recipe")
+    return content, text
 
 
 def thin(steps: Sequence[float], values: Sequence[float], most: int = _POINTS) -> dict[str, list[float]]:
@@ -111,21 +168,23 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = _POINTS) -
     }  # fmt: skip
 
 
-def generations(run_folder: Path) -> list[dict[str, Any]]:
-    """Answers to the same prompts at the first and the last evaluation that have some.
+def generations(run_folder: Path, step: int | None = None, aside: Path | None = None) -> list[dict[str, Any]]:
+    """Answers to the same prompts at the first evaluation that has some and at that of `step`, the last by default;
+    `aside`: where a rollback has put those of `step`.
 
     Returns:
         [{"task", "prompt", "reference", "base", "base_correct", "base_step", "tuned", "tuned_correct", "tuned_step"}]
     """
-    files: dict[str, dict[int, Path]] = {}
-    for path in (run_folder / "samples").glob("step-*.jsonl"):
+    samples = run_folder / "samples"
+    steps: dict[str, list[int]] = {}
+    for path in samples.glob("step-*.jsonl"):
         if match := re.fullmatch(r"step-(\d+)\.(.+)\.jsonl", path.name):
-            files.setdefault(match[2], {})[int(match[1])] = path
+            steps.setdefault(match[2], []).append(int(match[1]))
     pairs = []
-    for task, by_step in sorted(files.items()):
-        first, last = min(by_step), max(by_step)
-        before = {row["prompt"]: row for row in _rows(by_step[first])}
-        for now in list(_rows(by_step[last]))[:_GENERATIONS]:
+    for task, evaluated in sorted(steps.items()):
+        first, last = min(evaluated), max(evaluated) if step is None else step
+        before = {row["prompt"]: row for row in _answers(samples / f"step-{first:08d}.{task}.jsonl")}
+        for now in _answers((aside or samples) / f"step-{last:08d}.{task}.jsonl")[:_GENERATIONS]:
             if (then := before.get(now["prompt"])) and last > first:
                 pairs.append({
                     "task": task, "prompt": _cut(now["prompt"]), "reference": _cut(str(now.get("reference") or "")),
@@ -133,6 +192,14 @@ def generations(run_folder: Path) -> list[dict[str, Any]]:
                     "tuned": _cut(now["generation"]), "tuned_correct": now.get("correct"), "tuned_step": last,
                 })  # fmt: skip
     return pairs
+
+
+def _answers(file: Path) -> list[dict[str, Any]]:
+    with whole(file):
+        rows = list(_rows(file))
+        if any(not {"prompt", "generation"} <= row.keys() for row in rows):
+            raise ValueError("a row has no prompt, or no generation")
+    return rows
 
 
 def _cut(text: str) -> str:

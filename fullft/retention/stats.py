@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -37,12 +38,17 @@ ASSUMED_FLIPS = 0.1  # share of items whose correctness changes, where nothing i
 ASSUMED_SPREAD = 0.05  # between documents, of the change in bits per byte or nats a token
 ASSUMED_ICC = 0.05  # correlation of the changes within a cluster
 _LOWER_IS_BETTER = ("bits_per_byte", "loss", "perplexity", "word_perplexity", "byte_perplexity", "brier_score", "mse")
-_SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "token_accuracy")  # means of right (1) or wrong (0)
+_SHARES = re.compile(r"(^|_)(acc(_norm|_bytes)?|accuracy|match|em|f1|mc[12]|pass@\d+)(,|$)")  # the harness's too
 
 
 def is_higher_better(metric: str) -> bool:
     """Of the metrics that are known by name."""
     return metric not in _LOWER_IS_BETTER
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of 1, shown as percent and its changes as points."""
+    return _SHARES.search(metric) is not None
 
 
 def score(kind: str, metric: str, items: Sequence[ItemRecord], higher_is_better: bool | None = None) -> dict[str, Any]:
@@ -240,13 +246,6 @@ def smallest_drop(
     return k * ASSUMED_SPREAD / math.sqrt(n), f"if the change differs by {ASSUMED_SPREAD} from text to text"
 
 
-def amount(metric: str, value: float) -> str:
-    """A difference of two scores in words: accuracies in points of 100, bits and nats as they are."""
-    if metric in _SHARES:
-        return f"{value * 100:.1f} points"
-    return f"{value:.3g}" + {"bits_per_byte": " bits per byte", "loss": " nats a token"}.get(metric, "")
-
-
 def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
@@ -286,7 +285,7 @@ def _extra(kind: str, metric: str, items: Sequence[ItemRecord]) -> dict[str, Any
 
 
 def _is_binary(metric: str, before: Array, now: Array) -> bool:
-    return metric in _SHARES and bool(np.isin(np.concatenate([before, now]), (0.0, 1.0)).all())
+    return is_share(metric) and bool(np.isin(np.concatenate([before, now]), (0.0, 1.0)).all())
 
 
 def _clusters(items: Sequence[ItemRecord]) -> NDArray[np.int64]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fullft import lease
-from fullft.errors import BadInput
+from fullft.cluster import on_all
 from fullft.recipe import Recipe
 from fullft.retention import baseline, rollback
 from fullft.retention.baseline import file_name
@@ -22,7 +22,7 @@ from fullft.retention.evaluation import Evaluation, assemble
 from fullft.retention.gate import decide
 from fullft.retention.run import Batching, run_task, whole_weights
 from fullft.retention.runlog import evaluations
-from fullft.retention.stats import ItemRecord
+from fullft.retention.stats import ItemRecord, finite
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 
 _SAMPLES_KEPT = 20
@@ -46,6 +46,11 @@ class Suite:
         self.total_steps = 0  # of the run, once the data are known (`plan`)
         self.base: dict[str, list[ItemRecord]] = {}  # rank 0: the records of step 0
         self._unwritten: dict[Path, str] = {}  # rank 0: of step 0, which a resume cannot do without
+
+    @functools.cached_property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """{task: what decides its numbers}."""
+        return {task.name: baseline.describe_task(task) for task in self.tasks}
 
     def plan(self, total_steps: int) -> None:
         """What the gate and the budget have to know of the run."""
@@ -88,7 +93,7 @@ class Suite:
                     self._write_items(prepared, step, items)
         engine.train()
         self.budget.took(step, time.perf_counter() - started, called - started)
-        report: Evaluation = _from_main(lambda: self._report(step, measured, weights, started, divergence))
+        report: Evaluation = on_all(lambda: self._report(step, measured, weights, started, divergence))
         return report
 
     def _report(
@@ -108,10 +113,11 @@ class Suite:
         report = assemble(self.tasks, measured, self.base, step, confidence, gate.max_drop)
         report |= {"weights": weights, "seconds": time.perf_counter() - started}
         report["share_of_training"] = self.budget.share_of_training
-        report |= {} if divergence is None else {"divergence": divergence}
+        report |= {} if divergence is None else {"divergence": _finite(divergence)}
         before = [one for one in evaluations(self.folder.parent) if one["step"] < step]
         rollbacks = len(rollback.made(self.folder.parent))
         report = decide(report, before, gate, confidence, self.looks_planned, step == self.total_steps, rollbacks)
+        report["gate"]["settings"] = self.settings.gate_settings
         if step > 0:  # the disk was full then
             self._unwritten = {file: text for file, text in self._unwritten.items() if not _write(file, text)}
         about, file = json.dumps(baseline.describe(self), indent=1), self.folder / "suite.json"
@@ -144,18 +150,11 @@ def _records(prepared: Prepared, results: list[dict[str, Any]]) -> list[ItemReco
     ]
 
 
-def _from_main(action: Callable[[], Any]) -> Any:
-    """The result of an action of rank 0, on all ranks; a BadInput of it is raised on all. All ranks together."""
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = action()
-        except BadInput as error:
-            answer[1] = error.problems
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1]:
-        raise BadInput(answer[1])
-    return answer[0]
+def _finite(value: Any) -> Any:
+    """What can be written as JSON: a number that is not finite is None."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return finite(value) if isinstance(value, float) else value
 
 
 def _write(file: Path, text: str) -> bool:

@@ -3,15 +3,18 @@
 One engine without optimizer, whose shards become one blend after the other (`blend.set_weights`): the memory of one
 model, over all ranks. All blends answer the same items, so each is paired with the base, α = 0.
 
-    blend.json   {"format": "fullft-blend/1", "base", "tuned", "scales", "recipe": fingerprint,
-                  "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}], "best": {"alpha", "why"}}
+    blend.json   {"format": "fullft-blend/1", "base", "tuned", "scales", "recipe": fingerprint, "weights": fingerprint,
+                  "confidence", "max_drop", "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}],
+                  "best": {"alpha", "why"}}
     blend/       recipe.yaml, and retention/step-00000700.json with its items for α = 0.7
+                 sweep.json: of which models and recipe these are, as in blend.json. A sweep that was killed goes on
+                 with them, and one of other α adds to them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,16 @@ from fullft import cluster, lease
 from fullft.cluster import Cluster
 from fullft.errors import BadInput
 from fullft.preflight import preflight_evaluation
-from fullft.recipe import Recipe, fingerprint
+from fullft.recipe import Recipe, differences, fingerprint
+from fullft.retention import baseline
+from fullft.retention.baseline import file_name
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights, with_scales
-from fullft.retention.evaluate import for_evaluation, model_of, require_new, require_shards, start_engine, tell
-from fullft.retention.report import gain
+from fullft.retention.evaluate import for_evaluation, model_of, require_possible, require_shards, start_engine, tell
+from fullft.retention.evaluation import Evaluation
+from fullft.retention.runlog import evaluations
+from fullft.retention.suite import Suite
+from fullft.retention.wording import mean_gains
+from fullft.state import read_json
 
 Point = dict[str, Any]
 
@@ -34,9 +43,10 @@ def sweep(
     """Measure the blends, write blend.json into the folder `out`, and return its content. All ranks together.
 
     Raises:
-        BadInput: something does not fit, the recipe does not measure both skill and retention, or `out` has blends.
+        BadInput: something does not fit, the recipe does not measure both skill and retention, or `out` has blends of
+            other models or another recipe.
     """
-    require_new(out / "blend")
+    require_possible(out / "blend")
     of_recipe, recipe = recipe.model, for_evaluation(recipe, tuned, out / "blend")
     ready = preflight_evaluation(recipe, me.world_size)
     require_shards(ready)
@@ -45,23 +55,62 @@ def sweep(
         raise BadInput(f"retention.tasks: none measures {missing[0]}, so no blend can be told to be the best")
     folders = folder_of(model_of(base), of_recipe), folder_of(recipe.model.path, recipe.model)
     pairs = with_scales(pairs_of_model(*folders, ready.meta, recipe.model.trust_remote_code), scales)
+    about = {
+        "format": "fullft-blend/1", "base": base, "tuned": tuned, "scales": list(scales), "recipe": fingerprint(recipe),
+        "weights": _weights(folders), "confidence": recipe.retention.confidence,
+        "max_drop": recipe.retention.gate.max_drop,
+    }  # fmt: skip
+    _require_own(out, about, ready.suite)
     cluster.join(me, recipe.train.timeout_minutes)
+    done = cluster.on_all(lambda: _measured(ready.suite))
     if me.is_main:
-        (out / "blend").mkdir(parents=True)
         lease.write(out / "blend" / "recipe.yaml", recipe.to_yaml())
+        lease.write(out / "blend" / "sweep.json", json.dumps(about, indent=1))
     engine = start_engine(recipe, ready, read=False)
     points = []
     for number, alpha in enumerate(alphas, 1):
-        set_weights(engine, pairs, alpha)
-        evaluation = ready.suite.evaluate(engine, round(alpha * 1000))
+        if (evaluation := done.get(_step(alpha))) is None:
+            set_weights(engine, pairs, alpha)
+            evaluation = ready.suite.evaluate(engine, _step(alpha))
         tell(evaluation, f"α = {alpha:g} ({number} of {len(alphas)})", me)
         points.append(point(alpha, evaluation["tasks"]))
-    found: dict[str, Any] = {"format": "fullft-blend/1", "base": base, "tuned": tuned, "scales": list(scales)}
-    found |= {"recipe": fingerprint(recipe), "points": points, "best": best(points)}
+    found: dict[str, Any] = about | {"points": points, "best": best(points)}
     if me.is_main:
         lease.write(out / "blend.json", json.dumps(found, indent=1, allow_nan=False))
         print(f"\n{table(points)}\n\nbest: α = {found['best']['alpha']:g}, {found['best']['why']}", flush=True)
     return found
+
+
+def _step(alpha: float) -> int:
+    """That in the names of the files of a blend's evaluation."""
+    return round(alpha * 1000)
+
+
+def _weights(folders: Sequence[Path]) -> str:
+    """Changes when a file of weights is written anew."""
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def _require_own(out: Path, about: dict[str, Any], suite: Suite) -> None:
+    """Raises BadInput when there are blends in a folder that this sweep cannot go on with."""
+    folder, file = out / "blend", out / "blend.json"
+    advice = f"nothing is overwritten; remove {folder} and {file}, or give another folder with --out"
+    if folder.exists() and any(folder.iterdir()) and not (folder / "sweep.json").exists():
+        raise BadInput(f"{folder} exists, and does not say of which models; {advice}")
+    for one in (folder / "sweep.json", file):
+        before = read_json(one)
+        if one.exists() and (changed := differences({key: before.get(key) for key in about}, about)):
+            raise BadInput(f"{one} is of another sweep ({changed}); {advice}")
+    if (suite.folder / f"{file_name(0)}.json").exists() and (problems := baseline.problems(suite)):
+        raise BadInput([f"{problem.partition(';')[0]}; {advice}" for problem in problems])
+
+
+def _measured(suite: Suite) -> dict[int, Evaluation]:
+    """{step: evaluation} of what an earlier sweep has left; nothing without that of the base."""
+    found = {one["step"]: one for one in evaluations(suite.folder.parent)}
+    return found if 0 in found else {}
 
 
 def parse_alphas(text: str) -> list[float]:
@@ -82,15 +131,10 @@ def parse_alphas(text: str) -> list[float]:
 def point(alpha: float, tasks: dict[str, Any]) -> Point:
     """A blend as a point of the frontier: skill and retention are the mean gains of those tasks; at α = 0 both are 0.
 
-    Gains are those of `report.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
+    Gains are those of `wording.gain`: shares of 1 for accuracies, shares of the base's loss for losses. Positive is
     better; null if one is not known.
     """
-    means: dict[str, float | None] = {}
-    for kind in ("skill", "retention"):
-        gains = [gain(task) for task in tasks.values() if task["measures"] == kind]
-        known = [one for one in gains if one is not None and math.isfinite(one)]
-        means[kind] = math.fsum(known) / len(known) if known and len(known) == len(gains) else None
-    return {"alpha": alpha, **means, "tasks": tasks}
+    return {"alpha": alpha, **mean_gains(tasks), "tasks": tasks}
 
 
 def best(points: Sequence[Point]) -> dict[str, Any]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from fullft.retention.stats import finite, is_share
 
 Evaluation = dict[str, Any]  # content of a retention/step-….json
 
 _NAMED = 2  # tasks that the sentence names; the others are counted
 _UNITS = {"bits_per_byte": "bits a byte", "loss": "nats a token"}
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of 1, shown as percent and its changes as points."""
-    return re.search(r"(^|_)(acc(_norm|_bytes)?|accuracy|match|em|f1|mc[12]|pass@\d+)(,|$)", metric) is not None
 
 
 def shown(metric: str, value: float | None) -> str:
@@ -26,6 +22,11 @@ def shown(metric: str, value: float | None) -> str:
 
 def unit(metric: str) -> str:
     return "points" if is_share(metric) else _UNITS.get(metric, metric.replace("_", " "))
+
+
+def amount(metric: str, value: float) -> str:
+    """A difference of two scores that has no error, such as a limit, with its unit."""
+    return f"{bound(value * (100 if is_share(metric) else 1))} {unit(metric)}"
 
 
 def bound(limit: float) -> str:
@@ -85,6 +86,11 @@ class Change:
         return self.lost and self.limit is not None and -self.gain > self.limit
 
     @property
+    def open(self) -> bool:
+        """Whether a loss above the limit is not shown, and not ruled out either."""
+        return self.limit is not None and not self.over and (self.low is None or -self.low > self.limit)
+
+    @property
     def verdict(self) -> str:
         """A few words, for a table."""
         if self.real is None:
@@ -99,9 +105,9 @@ class Change:
 
 
 def change(name: str, task: dict[str, Any]) -> Change | None:
-    """None where the task has no finite numbers."""
-    drop, base = task.get("drop"), task.get("base")
-    if drop is None or base is None or not math.isfinite(drop):
+    """None where the drop is not known."""
+    drop = finite(task.get("drop"))
+    if drop is None:
         return None
     scale = 100.0 if is_share(task["metric"]) else 1.0
     interval = task.get("drop_ci")
@@ -150,6 +156,7 @@ def verdict(
         {"sentence", "tone"}; tone: good, mixed or bad, or unknown where nothing can be told.
     """
     opening = _opening(found, state, step, total_steps, rollbacks)
+    evaluated = bool(found) and not state and not step  # a folder of `fullft eval`: no training
     if not found or not found[-1]["tasks"]:
         return {
             "sentence": _sentence(opening, ["nothing was evaluated, so gain and loss are not known"]),
@@ -158,17 +165,22 @@ def verdict(
     if len(found) == 1 and found[0]["step"] == 0:
         scores = ", ".join(f"{name} {shown(task['metric'], task['score'])}" for name, task in found[0]["tasks"].items())
         text = f"only the base model has been evaluated ({scores}), so gain and loss are not known yet"
+        if evaluated:
+            text = f"a model was evaluated ({scores}) and compared with no base, so gain and loss are not known"
         return {"sentence": _sentence(opening, [text]), "tone": "unknown"}
+    if evaluated:
+        opening = "model compared with base, no training here"
     of_all = changes(found[-1])
     skill = [one for one in of_all if one.measures == "skill"]
     kept = [one for one in of_all if one.measures != "skill"]
-    parts = [*_of_skill(skill), *_of_retention(kept)]
+    missing = _missing(found, kept)
+    parts = [*_of_skill(skill), *_of_retention(kept), *_of_limits(kept), *missing]
     if unsure := [_task(one) for one in of_all if one.real is None]:
         of = "any task" if len(unsure) == len(of_all) else ", ".join(unsure)
         parts.append(f"no interval for {of}, so what is chance cannot be told")
     return {
         "sentence": _sentence(opening, parts),
-        "tone": "bad" if _stopped_by_gate(found) else _tone(skill, kept, state),
+        "tone": "bad" if _stopped_by_gate(found) else _tone(skill, kept, bool(missing), state),
     }
 
 
@@ -183,7 +195,7 @@ def _opening(found: list[Evaluation], state: dict[str, Any], step: int, total: i
     of = f"{step:,} of {total:,}" if total else f"{step:,}"
     texts = []
     match state.get("status"):
-        case "running" | "stopped" if _stopped_by_gate(found):  # the report is written before state.json says so
+        case "stopped" if _stopped_by_gate(found):
             texts.append(f"stopped by the retention gate at step {of}")
         case "stopped" | "failed" as status:
             texts.append(f"{status} at step {of}")
@@ -244,8 +256,24 @@ def _of_retention(kept: list[Change]) -> list[str]:
     elif others:
         one = others[0]
         text = f"no significant loss on {len(others)} retention tasks"
-        parts.append(f"{text} (worst: {_task(one)} {one.signed} {one.unit}{_open_to_limit(one)})")
+        parts.append(f"{text} (worst: {_task(one)} {one.signed} {one.unit})")
     return parts
+
+
+def _of_limits(kept: list[Change]) -> list[str]:
+    """Of how many tasks, among several, a loss above the limit is not ruled out."""
+    unsure = sum(one.open for one in kept)
+    if not unsure or len(kept) == 1:
+        return []
+    return [f"a loss above its limit is not ruled out on {unsure} of {len(kept)} retention tasks"]
+
+
+def _missing(found: list[Evaluation], kept: list[Change]) -> list[str]:
+    """Retention tasks of which the last evaluation has no number, while it has of others."""
+    known = {one.name for one in kept}
+    tasks = found[0]["tasks"] | found[-1]["tasks"]
+    names = [name for name, task in tasks.items() if task["measures"] != "skill" and name not in known]
+    return [f"what became of {', '.join(names)} was not measured"] if kept and names else []
 
 
 def _against_limit(one: Change) -> str:
@@ -263,33 +291,44 @@ def _against_limit(one: Change) -> str:
 
 def _open_to_limit(one: Change) -> str:
     """No evidence of a loss is no evidence that there is none."""
-    if one.limit is None or one.low is None or -one.low <= one.limit:
+    if one.limit is None or not one.open:
         return ""
     return f"; a loss above the limit of {bound(one.limit)} is not ruled out"
 
 
-def _tone(skill: list[Change], kept: list[Change], state: dict[str, Any]) -> str:
+def _tone(skill: list[Change], kept: list[Change], missing: bool, state: dict[str, Any]) -> str:
     if state.get("status") in ("stopped", "failed") or any(one.over for one in kept):
         return "bad"
     if any(one.real and one.gain < 0 for one in skill):
         return "bad"
     learnt = any(one.real and one.gain > 0 for one in skill)
-    kept_all = bool(kept) and not any(one.lost for one in kept)
+    kept_all = bool(kept) and not missing and not any(one.lost or one.open for one in kept)
     return "good" if learnt and kept_all else "mixed"
 
 
-def plane(tasks: dict[str, Any]) -> tuple[float, float] | None:
-    """(skill, retention) of an evaluation's tasks, %: the mean gain of the skill tasks, and of the retention tasks.
-
-    Of accuracies points, of losses % of the base, as `report.score` weighs them; losses stay negative, so that noise
-    has mean 0. None if one of the two was not measured.
-    """
-    gains: dict[str, list[float]] = {"skill": [], "retention": []}
-    for task in tasks.values():
-        drop, base = task.get("drop"), task.get("base")
-        if drop is None or base is None or not math.isfinite(drop):
-            continue
-        gains[task["measures"]].append(-100 * drop / (1.0 if task["higher_is_better"] else base or 1.0))
-    if not all(gains.values()):
+def gain(task: dict[str, Any]) -> float | None:
+    """What a task has gained since step 0: of accuracies in shares of 1, of losses in shares of the base's; None if
+    that is not known."""
+    now, base = finite(task["score"]), finite(task["base"])
+    if now is None or base is None:
         return None
-    return sum(gains["skill"]) / len(gains["skill"]), sum(gains["retention"]) / len(gains["retention"])
+    return now - base if task["higher_is_better"] else (base - now) / base if base else 0.0
+
+
+def mean_gains(tasks: dict[str, Any]) -> dict[str, float | None]:
+    """{"skill", "retention"}: the mean `gain` of those tasks; losses stay negative, so that noise has mean 0. None if
+    there is none, or one is not known, as a mean over fewer tasks is not to be compared."""
+    means: dict[str, float | None] = {}
+    for kind in ("skill", "retention"):
+        gains = [gain(task) for task in tasks.values() if task["measures"] == kind]
+        known = [one for one in gains if one is not None]
+        means[kind] = math.fsum(known) / len(known) if known and len(known) == len(gains) else None
+    return means
+
+
+def plane(tasks: dict[str, Any]) -> tuple[float, float] | None:
+    """(skill, retention) of an evaluation's tasks, `mean_gains` in %; None if one of the two is not known."""
+    means = mean_gains(tasks)
+    if means["skill"] is None or means["retention"] is None:
+        return None
+    return 100 * means["skill"], 100 * means["retention"]
