@@ -33,7 +33,8 @@ from fullft.planner import plan
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 from fullft.retention.base import is_whole
-from fullft.retention.pull import decay_at, parts_without
+from fullft.retention.divergence import _distance
+from fullft.retention.pull import decay_at, parts_without, squared_norm
 
 STEPS = 6
 REMEDIES = {"layerwise_lr_decay": 0.7, "l2_pull": 20.0, "ema_decay": 0.35, "kl_weight": 0.5}  # 0.35: from step 4
@@ -355,6 +356,21 @@ def test_new_rows_are_left_out_of_parts() -> None:
         [0, 1, 2], [5, 6, 7, 8], [9, 10, 11], [14, 15, 16, 17], [18, 19]
     ]  # fmt: skip
     assert parts_without(3, [(0, 3)], 4) == []
+
+
+def test_norms_of_many_small_and_alike_values_are_right() -> None:
+    """As those of w - base: in one fp32 sum they would be lost beside their sum."""
+    torch.manual_seed(0)
+    base = torch.randn(1_000_003).bfloat16()
+    shard = base.float() + 1e-4
+    assert float(squared_norm(shard - base.float())) == pytest.approx(
+        float((shard - base).double().square().sum()), 1e-5
+    )
+    moved, size, changed = _distance(shard, base, torch.float32, [(5, 9), (10**6, 10**9)]).tolist()
+    kept = [*range(5), *range(9, 10**6)]
+    assert moved == pytest.approx(float((shard - base)[kept].double().square().sum()), rel=1e-5)
+    assert size == pytest.approx(float(base[kept].double().square().sum()), rel=1e-5)
+    assert changed == int((shard.bfloat16() != base)[kept].sum())
 
 
 def test_predictions_that_are_cut_short_are_told_from_whole_ones(tmp_path: Path) -> None:

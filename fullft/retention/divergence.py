@@ -19,7 +19,7 @@ from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.optim import layer_of
 from fullft.recipe import Recipe
 from fullft.retention.base import Predictions, Rows, predict
-from fullft.retention.pull import parts_without
+from fullft.retention.pull import parts_without, squared_norm
 from fullft.retention.run import batched, share
 from fullft.retention.tasks import Prepared
 from fullft.shards import master_shards
@@ -178,7 +178,7 @@ def _distance(
     shard: torch.Tensor, base: torch.Tensor, dtype: torch.dtype, left_out: Sequence[tuple[int, int]]
 ) -> torch.Tensor:
     """(||shard - base||², ||base||², elements that are others in bf16), [3] fp64, over the elements that the base has
-    but for those runs. Norms of blocks are fp32's, which is far faster, and as good as their fp64 sum needs.
+    but for those runs.
 
     `base`: as stored, perhaps shorter; `dtype`: what training has rounded it to.
     """
@@ -188,8 +188,7 @@ def _distance(
     ):
         values, there = shard[part], base[part].to(shard.device).to(dtype).float()
         changed = (values.bfloat16() != there.bfloat16()).sum()
-        norms = torch.stack([torch.linalg.vector_norm(one) for one in (values - there, there)]).double()
-        found += torch.cat([norms.square(), changed.double()[None]])
+        found += torch.stack([squared_norm(values - there), squared_norm(there), changed.double()])
     return found
 
 

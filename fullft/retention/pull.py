@@ -27,6 +27,7 @@ from fullft.shards import (
 )
 
 _BLOCK = 1 << 22  # elements at a time, so that fp32 copies of the base stay small
+_ROW = 1 << 12
 
 
 class Pull:
@@ -64,8 +65,8 @@ class Pull:
 
     def _norm_squared(self, of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
         """Of this rank's shards; their padding is zero in weights and base."""
-        norms = [torch.linalg.vector_norm(of(*blocks)).double() for flat in self._base for blocks in self._blocks(flat)]
-        return float(torch.stack(norms).square().sum()) if norms else 0.0
+        sums = [squared_norm(of(*blocks)) for flat in self._base for blocks in self._blocks(flat)]
+        return float(torch.stack(sums).sum()) if sums else 0.0
 
     def _blocks(self, flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         base = self._base[flat]
@@ -86,6 +87,16 @@ def _places(
                 flat, at = place_in_flat(engine, parameter)
                 found.setdefault(flat, []).append((at + low, at + high))
     return found
+
+
+def squared_norm(values: torch.Tensor) -> torch.Tensor:
+    """||values||² of fp32 values [n], a scalar in fp64: norms of short rows in fp32, their squares added in fp64. In
+    fp64 throughout it takes 30 times as long; one fp32 norm of millions of alike values is wrong by half a percent."""
+    whole = len(values) // _ROW * _ROW
+    rows = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1)
+    rest = torch.linalg.vector_norm(values[whole:])
+    total: torch.Tensor = rows.double().square().sum() + rest.double().square()
+    return total
 
 
 def parts_without(length: int, left_out: Sequence[tuple[int, int]], block: int) -> list[slice]:
