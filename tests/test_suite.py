@@ -507,7 +507,7 @@ def test_answers_of_uneven_length_do_not_hang_an_evaluation_that_begins_with_the
     recipe |= {"retention": {"tasks": [task], "generation_batch_size": 1}}
     config, out = write_recipe(recipe, tmp_path / "recipe.yaml"), tmp_path / "out"
     words = ["eval", str(config), "--model", str(tmp_path / "model"), "--out", str(out)]
-    done = run_ranks(FULLFT, *words, ranks=2, cwd=tmp_path, timeout=90)
+    done = run_ranks(FULLFT, *words, ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     lengths = [len(tokenizer.encode(row["generation"])) for row in items(out, 0, "answers")]
     assert lengths[0] <= 1 < lengths[1]
