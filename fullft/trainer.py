@@ -496,7 +496,8 @@ def finish(recipe: Recipe, cluster: Cluster, inputs: Inputs, engine: Any, tracke
     signals.enter("over")
     if cluster.is_main:
         summary = write_report(recipe.run_folder, status="done", step=inputs.total_steps)
-        tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
+        if summary:  # not of a folder with a damaged file
+            tracker.artifact("report", recipe.run_folder / "report.html", {"step": inputs.total_steps})
         set_state(recipe.run_folder, "done", step=inputs.total_steps)
     tracker.finish(summary.get("metrics", {}))
     if summary:

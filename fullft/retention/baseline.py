@@ -116,8 +116,7 @@ def _too_few(task: Prepared) -> str:
 
 def problems(suite: Suite) -> list[str]:
     """Why a run folder that has checkpoints cannot go on measuring: its tasks were others, or step 0 is lost."""
-    file = suite.folder / "suite.json"
-    if not file.exists():
+    if not (suite.folder / "suite.json").exists():
         return [
             f"run_dir: {suite.folder.parent} has checkpoints and no retention/suite.json: it was measured by an older "
             "version of fullft, or what it measured was lost; use another run_dir"

@@ -4,7 +4,7 @@ One engine without optimizer, whose shards become one blend after the other (`bl
 model, over all ranks. All blends answer the same items, so each is paired with the base, α = 0.
 
     blend.json   {"format": "fullft-blend/1", "base", "tuned", "scales", "recipe": fingerprint, "weights": fingerprint,
-                  "confidence", "max_drop", "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}],
+                  "confidence", "limits", "points": [{"alpha", "skill", "retention", "tasks": as in an evaluation}],
                   "best": {"alpha", "why"}}
     blend/       recipe.yaml, and retention/step-00000700.json with its items for α = 0.7
                  sweep.json: of which models and recipe these are, as in blend.json. A sweep that was killed goes on
@@ -58,7 +58,7 @@ def sweep(
     about = {
         "format": "fullft-blend/1", "base": base, "tuned": tuned, "scales": list(scales), "recipe": fingerprint(recipe),
         "weights": _weights(folders), "confidence": recipe.retention.confidence,
-        "max_drop": recipe.retention.gate.max_drop,
+        "limits": baseline.describe(ready.suite)["limits"],
     }  # fmt: skip
     _require_own(out, about, ready.suite)
     cluster.join(me, recipe.train.timeout_minutes)
