@@ -213,7 +213,8 @@ def _finite(value: Any) -> Any:
 
 def summary(run_folder: Path, until: int | None = None) -> dict[str, Any]:
     """What a run has come to (until a step). `metrics` in it are the numbers of the last evaluation."""
-    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), _state(run_folder), until)
+    state = _state(run_folder)
+    return _summary(run_folder, evaluations(run_folder, until), read_log(run_folder, until), state, until)
 
 
 def summary_or_none(run_folder: Path, until: int) -> dict[str, Any]:
