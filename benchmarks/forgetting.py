@@ -9,8 +9,8 @@ takes a real model and real data: the task is learnt from TRAIN, four fifths of 
 replayed, its last fifth and the unseen files (of which nothing is replayed) are measured.
 
 Every run is `launch/train.py` on 2 ZeRO-3 ranks. What was measured is kept in --folder, run by run: started again, the
-benchmark goes on. A round is one seed; in it the variants follow each other, each round begins with another one, and
-times are compared within the round.
+benchmark goes on. A round is one seed; in it the variants follow each other, and times are compared within it. How much
+a remedy adds to a step is measured better by `python -m benchmarks.remedies`, which takes the steps in turns.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="under five minutes on two cores: small base, one seed")
     parser.add_argument("--bases", nargs="+", choices=["quickstart", "larger"], default=["quickstart", "larger"])
+    parser.add_argument("--variants", nargs="+", help="names as in the table (plain is always run); default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/forgetting"), help="runs, and what was measured")
     parser.add_argument("--model", type=Path, help="Hugging Face folder of a chat model")
@@ -78,10 +79,11 @@ def main() -> None:
     if arguments.model:
         if not (arguments.task_rows and arguments.general_rows):
             parser.error("--model needs --task-rows and --general-rows")
-        bench.measure(real_subject(arguments, bench.folder), arguments.seeds)
+        bench.measure(real_subject(arguments, bench.folder), arguments.seeds, arguments.variants)
         return
     for name in arguments.bases[:1] if arguments.quick else arguments.bases:
-        bench.measure(trained_here(name, arguments.quick), 1 if arguments.quick else arguments.seeds)
+        seeds = 1 if arguments.quick else arguments.seeds
+        bench.measure(trained_here(name, arguments.quick), seeds, arguments.variants)
 
 
 # What is compared
@@ -94,9 +96,9 @@ def remedies(rate: float, general: str) -> dict[str, list[str]]:
     pull, layers, ema = ["train.l2_pull=10"], ["train.layerwise_lr_decay=0.7"], ["train.ema_decay=0.98"]
     return {
         PLAIN: [],
-        "learning rate × 0.3": [f"train.learning_rate={rate * 0.3:.0e}"],
-        "replay 5 %": replay,
         DEFAULT: kl,
+        "replay 5 %": replay,
+        "learning rate × 0.3": [f"train.learning_rate={rate * 0.3:.0e}"],
         "L2 pull 10": pull,
         "layer-wise LR decay 0.7": layers,
         "EMA 0.98": ema,
@@ -189,11 +191,11 @@ class Bench:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         self.commit = head.stdout.strip()
 
-    def measure(self, subject: Subject, seeds: int) -> None:
-        """All rounds of a subject that are not measured yet."""
-        names = list(subject.variants)
+    def measure(self, subject: Subject, seeds: int, chosen: list[str] | None) -> None:
+        """All rounds of a subject that are not measured yet; of the chosen variants, if any are."""
+        names = [name for name in subject.variants if not chosen or name in (PLAIN, *chosen)]
         for seed in range(1, seeds + 1):
-            for name in names[seed - 1 :] + names[: seed - 1]:  # another one first in each round
+            for name in names:
                 self._run(subject, name, seed)
             if subject.blend:
                 self._blend(subject, seed)
