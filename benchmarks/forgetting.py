@@ -122,7 +122,6 @@ def trained_here(name: str, quick: bool) -> Subject:
         run(quickstart.train_command("launch/recipes/quickstart-base.yaml", *overrides), sample_seconds=1)
     every = remedies(1e-3, str(quickstart.INPUTS / "documentation.jsonl"))
     if quick or name == "larger":
-    if quick or name == "larger":
         every = {key: every[key] for key in (PLAIN, DEFAULT)}
     common = [*QUIET, f"model.path={base / 'export'}", "export.dtype=auto", "retention.kl_tokens=4096"]
     if quick:
