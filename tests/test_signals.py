@@ -79,7 +79,7 @@ def assert_ends_as(recipe: dict[str, Any], whole: dict[str, Any]) -> None:
     assert [row["step"] for row in metrics(recipe)] == list(range(STEPS + 1))  # every row once
     for step in EVALUATED:
         found, expected = (read(run, f"retention/step-{step:08d}.json") for run in (recipe, whole))
-        assert found == expected | {"seconds": found["seconds"]}
+        assert found == expected | {key: found[key] for key in ("seconds", "share_of_training")}
     evaluated = [row["step"] for row in metrics(recipe) if any(key.startswith("eval/") for key in row)]
     assert evaluated == EVALUATED
 
