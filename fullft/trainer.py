@@ -383,7 +383,7 @@ def stop_at_gate(
     """The end that the gate wants, once the checkpoint of this step is on disk. All ranks together."""
     saver.wait()
     good = on_all(lambda: rollback.target(recipe.run_folder, step))
-    keep = f"fullft export {recipe.run_dir} --step {step_of(good)} --out FOLDER" if good else "there is no checkpoint"
+    keep = f"fullft export {recipe.run_dir} FOLDER --step {step_of(good)}" if good else "there is no checkpoint"
     reason = (
         f"step {step}: {'; '.join(gate['reasons'])}. The model of before the loss: {keep}. To train on all the same, "
         f"raise {limits_of_breaches(recipe, gate)} or set retention.gate.action=alert, and start again. Else train "
