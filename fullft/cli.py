@@ -22,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fullft", description="Full-parameter fine-tuning of large language models.")
     verbs = parser.add_subparsers(dest="verb", required=True)
 
@@ -110,9 +110,13 @@ def main() -> int:
         "--workspace", action="store_true", help="also save a view of the project with fullft's charts (new each time)"
     )
 
-    rest, overrides = split_overrides(sys.argv[1:])
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args(rest)
+    return parser
+
+
+def main() -> int:
+    rest, overrides = split_overrides(sys.argv[1:])
+    arguments = _parser().parse_args(rest)
     try:
         match arguments.verb:
             case "check":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -28,6 +31,18 @@ class BadInput(Exception):
         return f"fullft: {count} problem{'s' if count > 1 else ''}, {consequence}:\n" + "".join(
             f"  - {problem}\n" for problem in self.problems
         )
+
+
+class Problems(list[str]):
+    """What is wrong, collected so that it is told all at once."""
+
+    def attempt(self, action: Callable[..., T], *arguments: Any) -> T | None:
+        """What the action returns, or None and its problems are here."""
+        try:
+            return action(*arguments)
+        except BadInput as error:
+            self.extend(error.problems)
+            return None
 
 
 class TrainingStopped(Exception):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +17,7 @@ from fullft.checkpoint import newest
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
-from fullft.errors import BadInput
+from fullft.errors import BadInput, Problems
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
@@ -29,8 +28,6 @@ from fullft.retention.run import max_positions
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE, read_json, status
 from fullft.tokenizer import load_tokenizer
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,15 +52,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     Raises:
         BadInput: with every problem found.
     """
-    problems: list[str] = []
-
-    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
-        try:
-            return action(*arguments)
-        except BadInput as error:
-            problems.extend(error.problems)
-            return None
-
+    problems = Problems()
+    attempt = problems.attempt
     config = attempt(engine.read_config, recipe)
     geometry = attempt(engine.geometry, recipe, world_size)
     attempt(check_run_folder, recipe)
@@ -110,8 +100,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if recipe.train.kl_weight and recipe.train.kl_reference == "cache":
         planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
-        if problems := _room_problems(recipe, planned):
-            raise BadInput(problems)
+        if no_room := _room_problems(recipe, planned):
+            raise BadInput(no_room)
     suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
@@ -301,15 +291,8 @@ def preflight_evaluation(recipe: Recipe, world_size: int) -> Measured:
     Raises:
         BadInput: with every problem found.
     """
-    problems: list[str] = []
-
-    def attempt(action: Callable[..., T], *arguments: Any) -> T | None:
-        try:
-            return action(*arguments)
-        except BadInput as error:
-            problems.extend(error.problems)
-            return None
-
+    problems = Problems()
+    attempt = problems.attempt
     config = attempt(engine.read_config, recipe)
     tokenizer = attempt(load_tokenizer, recipe.model)
     meta = attempt(model.on_meta, recipe.model, tokenizer) if tokenizer is not None else None

@@ -38,6 +38,7 @@ class Mark(NamedTuple):
 
 
 _LAST_RESORT_SECONDS = 60
+_WAITS = ("/torch/", "/deepspeed/")
 _mark = Mark(0, 0, "start", time.monotonic())
 _looks = 0  # how often the watching thread has looked
 
@@ -132,7 +133,8 @@ def _read_reports(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def compare(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
-    """One line for the ranks without a report, then one for each place at which ranks are, those behind first."""
+    """One line for the ranks without a report, then one for each place at which ranks are, those to blame first: behind
+    the others, else the fewer, else those outside of the libraries in which a rank waits for others."""
     lines = []
     if missing := [rank for rank in range(len(hosts)) if rank not in reports]:
         lines.append(f"{_named(missing, hosts)} did not answer: frozen or dead")
@@ -140,7 +142,9 @@ def compare(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
     for rank, head in sorted(reports.items()):
         groups.setdefault((head["number"], head["step"], head["phase"], head["at"]), []).append(rank)
     furthest = max(number for number, *_ in groups)
-    for (number, step, phase, at), ranks in sorted(groups.items(), key=lambda group: (group[0][0], len(group[1]))):
+    in_order = sorted(groups, key=lambda group: (group[0], len(groups[group]), any(one in group[3] for one in _WAITS)))
+    for number, step, phase, at in in_order:
+        ranks = groups[number, step, phase, at]
         are = "is" if len(ranks) == 1 else "are"
         still = " still" if number < furthest else ""
         lines.append(f"{_named(ranks, hosts)} {are}{still} in {phase} of step {step}, at {at}")

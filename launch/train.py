@@ -103,8 +103,8 @@ def tell_others(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseEx
 
 def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseException) -> None:
     """state.json must not go on saying `running`; only for a run that this process had started."""
-    if me is not None and me.is_main and recipe is not None and "fullft.trainer" in sys.modules:
-        sys.modules["fullft.trainer"].mark_failed(recipe.run_folder, f"{type(error).__name__}: {error}")
+    if me is not None and me.is_main and recipe is not None and "fullft.ends" in sys.modules:
+        sys.modules["fullft.ends"].mark_failed(recipe.run_folder, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ranks import Ranks
 from scipy.stats import norm
 
 from fullft.cli import check
+from fullft.ends import limits_of_breaches, stop_decided
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import Gate, Recipe, identity, parse_recipe
@@ -25,7 +26,7 @@ from fullft.retention import baseline
 from fullft.retention.divergence import metrics as divergence_metrics
 from fullft.retention.gate import can_breach, decide, error_of_look, last_ok
 from fullft.retention.suite import _finite
-from fullft.trainer import limits_of_breaches, require_same, stop_decided
+from fullft.trainer import require_same
 
 GATE = Gate(action="stop", max_drop=0.02, patience=1)
 

@@ -46,6 +46,12 @@ def test_of_ranks_in_the_same_phase_the_odd_one_comes_first() -> None:
     ]
 
 
+def test_of_two_ranks_in_the_same_phase_the_one_in_a_collective_comes_last() -> None:
+    at = {0: "/lib/site-packages/deepspeed/utils/nvtx.py:33 (wrapped_fn)", 1: "/home/me/rows.py:6 (endless)"}
+    text = compare({rank: report(9, 2, "update", at[rank]) for rank in (0, 1)}, HOSTS[:2])
+    assert [line.split()[1] for line in text.splitlines()] == ["1", "0"]
+
+
 @pytest.fixture
 def long_recipe(recipe: dict[str, Any]) -> dict[str, Any]:
     recipe["train"] |= {"steps": 100_000, "hang_timeout": 20}  # loading may take 10 on a busy machine
