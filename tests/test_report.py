@@ -168,6 +168,8 @@ def test_before_and_after_are_of_the_same_items() -> None:
         ("skill", "gsm8k", "exact_match, on part of the items", "30.0%", "35.0%"),
         ("retention", "wiki", "bits_per_byte, on part of the items", "0.7", "0.75"),
     ]
+    said = verdict([first, evaluation(200, {"gsm8k": part, "wiki": cut}, whole=False)], {}, 200, 300)["sentence"]
+    assert said.endswith("; measured on a part of the items (1.5% of gsm8k).")
     assert before_after([first, evaluation(300, {"gsm8k": SKILL, "wiki": bits})])[1:] == [
         ("retention", "wiki", "bits_per_byte", "0.8", "0.9"),
         ("retention", "wiki", "perplexity", "12.3", "12.3"),

@@ -21,12 +21,13 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 def page(reports: Sequence[Report]) -> str:
     """The page as HTML; reports: of the runs, in their order."""
+    trained = any(report["steps"] for report in reports)  # else all are folders of `fullft eval`
     title = "fullft: " + " · ".join(report["run"] for report in reports)
     sections = [
         ("Tasks", comparison(reports) if len(reports) > 1 else task_table(reports[0])),
-        ("Trajectories", trajectories(reports)),
+        ("Trajectories", trajectories(reports) if trained else ""),
         ("Skill against retention", frontier(reports)),
-        ("Forgetting by task and step", heat_maps(reports)),
+        ("Forgetting by task and step", heat_maps(reports) if trained else ""),
         ("Divergence from the base model", divergence(reports)),
         ("Training", training(reports)),
         ("Answers before and after", _answers(reports)),
@@ -92,14 +93,15 @@ def _unbroken(sentence: str) -> str:
 def _facts(report: Report) -> str:
     model, environment = report["recipe"].get("model", {}), report["environment"]
     facts = [
-        ("model", model.get("path")), ("steps", f"{report['steps']:,}"), ("tokens", f"{report['tokens']:,}"),
+        ("model", model.get("path")), ("steps", report["steps"] and f"{report['steps']:,}"),
+        ("tokens", report["tokens"] and f"{report['tokens']:,}"),
         ("last loss", report["final_loss"] and f"{report['final_loss']:.4g}"),
         ("ranks", environment.get("world_size")), ("device", environment.get("device")),
         ("evaluations", len(report["evaluations"])), ("weights measured", _weights(report)),
         ("status", report["state"].get("status")),
     ]  # fmt: skip
     items = "".join(
-        f"<div><dt>{name}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts if value not in (None, "")
+        f"<div><dt>{name}</dt><dd>{escaped(value)}</dd></div>" for name, value in facts if value not in (None, "", 0)
     )
     return f"<dl class='facts'>{items}</dl>"
 
@@ -155,7 +157,7 @@ def _card(reports: Sequence[Report], found: Sequence[tuple[int, dict[str, Any]]]
         name = "tuned model" if len(reports) == 1 else reports[at]["run"]
         answers.append(
             (
-                f"{name}, step {one['tuned_step']:,}",
+                f"{name}, step {one['tuned_step']:,}" if reports[at]["steps"] else name,
                 one["tuned"],
                 one["tuned_correct"],
                 "" if len(reports) == 1 else f"run{at}",

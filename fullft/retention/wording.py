@@ -174,7 +174,7 @@ def verdict(
     skill = [one for one in of_all if one.measures == "skill"]
     kept = [one for one in of_all if one.measures != "skill"]
     missing = _missing(found, kept)
-    parts = [*_of_skill(skill), *_of_retention(kept), *_of_limits(kept), *missing]
+    parts = [*_of_skill(skill), *_of_retention(kept), *_of_limits(kept), *missing, *_on_a_part(found)]
     if unsure := [_task(one) for one in of_all if one.real is None]:
         of = "any task" if len(unsure) == len(of_all) else ", ".join(unsure)
         parts.append(f"no interval for {of}, so what is chance cannot be told")
@@ -274,6 +274,14 @@ def _missing(found: list[Evaluation], kept: list[Change]) -> list[str]:
     tasks = found[0]["tasks"] | found[-1]["tasks"]
     names = [name for name, task in tasks.items() if task["measures"] != "skill" and name not in known]
     return [f"what became of {', '.join(names)} was not measured"] if kept and names else []
+
+
+def _on_a_part(found: list[Evaluation]) -> list[str]:
+    """Where a time budget, or its end by hand, left items out of the last evaluation."""
+    base, last = found[0]["tasks"], found[-1]["tasks"]
+    shares = {name: task["n"] / base[name]["n"] for name, task in last.items() if name in base and base[name]["n"]}
+    least = min(shares, key=lambda name: shares[name], default="")
+    return [f"measured on a part of the items ({shares[least]:.1%} of {least})"] if shares.get(least, 1) < 1 else []
 
 
 def _against_limit(one: Change) -> str:
