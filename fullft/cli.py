@@ -242,7 +242,7 @@ def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> No
 
 def report(run_dirs: list[Path], out: Path | None, blend: Path | None) -> None:
     """Write the page, and print verdict and table of each run."""
-    from fullft.retention.report import table, write_comparison
+    from fullft.report.summary import table, write_comparison
 
     out = out or (run_dirs[0] / "report.html" if len(run_dirs) == 1 else Path("comparison.html"))
     for run_dir, found in zip(run_dirs, write_comparison(run_dirs, out, blend), strict=True):

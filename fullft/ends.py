@@ -23,10 +23,10 @@ from fullft.errors import LeaseLost, Preempted, RetentionStopped, TrainingStoppe
 from fullft.export import export
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe
+from fullft.report.runlog import evaluations
+from fullft.report.summary import model_card, write_report
 from fullft.retention import rollback
-from fullft.retention.report import model_card, write_report
 from fullft.retention.rollback import step_of
-from fullft.retention.runlog import evaluations
 from fullft.saver import Saver
 from fullft.state import leave_marker, set_state
 from fullft.tracking import Tracker

@@ -31,7 +31,7 @@ from fullft import checkpoint, lease, model, watchdog
 from fullft.cluster import is_shared
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, load_recipe
-from fullft.retention.report import model_card, summary_or_none
+from fullft.report.summary import model_card, summary_or_none
 from fullft.shards import gathered_weights, master_shards
 from fullft.tokenizer import files, load_tokenizer
 from fullft.weights import NewFile, Part, Stored, create, new_file, stored_buffers, write_parts

@@ -30,8 +30,8 @@ from fullft.checkpoint import MANIFEST, Tensors, all_complete, entry_of, newest,
 from fullft.cluster import available_host_memory, is_shared
 from fullft.errors import LeaseLost
 from fullft.recipe import Checkpoint
+from fullft.report.summary import score
 from fullft.retention import rollback
-from fullft.retention.report import score
 from fullft.retention.rollback import step_of
 from fullft.shards import local_part, mesh_of_all_ranks, optimizer_shards, states_of, to_dtensor
 from fullft.tracking import Tracker

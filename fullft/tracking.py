@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fullft import lease
 from fullft.recipe import Recipe
-from fullft.retention.runlog import rollback_entries
+from fullft.report.runlog import rollback_entries
 from fullft.system import SystemMetrics
 from fullft.wandb_run import END_SECONDS, ROLLBACKS
 

@@ -30,11 +30,11 @@ from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entro
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
+from fullft.report.summary import score, summary_lines
 from fullft.retention import divergence, rollback
 from fullft.retention.base import ReferenceDivergence, ReplayDivergence, replay_divergence
 from fullft.retention.gate import is_fine
 from fullft.retention.pull import Pull, attach, averaged
-from fullft.retention.report import score, summary_lines
 from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
 from fullft.shards import start_optimizer

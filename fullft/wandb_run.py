@@ -44,8 +44,8 @@ from filelock import FileLock, Timeout
 
 from fullft import lease
 from fullft.errors import LeaseLost
-from fullft.retention.runlog import generations, rollback_entries
-from fullft.retention.wording import change
+from fullft.report.runlog import generations, rollback_entries
+from fullft.report.wording import change
 from fullft.state import read_json
 
 END_SECONDS = 40.0  # from the end of the trainer to that of this process, whatever W&B does

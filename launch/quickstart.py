@@ -44,7 +44,7 @@ def main() -> None:
     print("== 2 of 2: full fine-tuning on word problems", flush=True)
     launch("launch/recipes/quickstart.yaml")
 
-    from fullft.retention.report import table
+    from fullft.report.summary import table
 
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
     print(f"""

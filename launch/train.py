@@ -47,7 +47,7 @@ def main() -> int:
         transformers.utils.logging.disable_progress_bar()
         from fullft.export import push_to_hub
         from fullft.preflight import finished, preflight, stopped_by_gate
-        from fullft.retention.report import table
+        from fullft.report.summary import table
         from fullft.tokenizer import files
         from fullft.trainer import train
 

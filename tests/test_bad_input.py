@@ -26,7 +26,7 @@ from fullft import cli
 from fullft.errors import BadInput
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
-from fullft.retention.report import model_card, write_report
+from fullft.report.summary import model_card, write_report
 
 TRAIN = str(REPOSITORY / "launch" / "train.py")
 

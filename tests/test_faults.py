@@ -28,7 +28,7 @@ from conftest import (
     write_recipe,
 )
 
-from fullft.retention.report import score
+from fullft.report.summary import score
 
 pytestmark = pytest.mark.ranks
 

@@ -15,13 +15,13 @@ from report_runs import evaluation, task, write_run
 
 from fullft import cli
 from fullft.recipe import Gate
+from fullft.report.runlog import thin
+from fullft.report.summary import before_after, summary, summary_lines, table, write_report
+from fullft.report.tables import comparison, task_table
+from fullft.report.wording import bound, change, plane, shown, verdict, with_error
 from fullft.retention.gate import decide
-from fullft.retention.report import before_after, summary, summary_lines, table, write_report
-from fullft.retention.report_tables import comparison, task_table
-from fullft.retention.runlog import thin
 from fullft.retention.stats import is_share
 from fullft.retention.sweep import point
-from fullft.retention.wording import bound, change, plane, shown, verdict, with_error
 
 DONE = {"status": "done", "step": 300}
 

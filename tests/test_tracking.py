@@ -22,7 +22,7 @@ from ranks import Ranks, wait_for
 
 from fullft import wandb_run, workspace
 from fullft.recipe import Recipe, parse_recipe
-from fullft.retention import runlog, wording
+from fullft.report import runlog, wording
 from fullft.tracking import Tracker
 
 # A training process: logs steps after `resumed` to `last`, and ends in some way. It prints how long W&B held it up.

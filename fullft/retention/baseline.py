@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fullft.errors import BadInput
 from fullft.loss import IGNORE
+from fullft.report.wording import amount
 from fullft.retention import stats
 from fullft.retention.gate import can_breach
 from fullft.retention.stats import ItemRecord
 from fullft.retention.tasks import Prepared
-from fullft.retention.wording import amount
 
 if TYPE_CHECKING:
     from fullft.retention.suite import Suite

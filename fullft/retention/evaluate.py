@@ -16,11 +16,11 @@ from fullft.engine import start
 from fullft.errors import BadInput
 from fullft.preflight import Measured, preflight_evaluation
 from fullft.recipe import Recipe, load_recipe
+from fullft.report.summary import summary_lines
 from fullft.retention import baseline
 from fullft.retention.baseline import file_name
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights
 from fullft.retention.evaluation import Evaluation
-from fullft.retention.report import summary_lines
 from fullft.tokenizer import load_tokenizer
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from scipy import stats as distributions
 
 from fullft.recipe import Gate
+from fullft.report.wording import amount, change
 from fullft.retention import stats
 from fullft.retention.evaluation import Evaluation
-from fullft.retention.wording import amount, change
 
 OK, WATCH, BREACH = "ok", "watch", "breach"
 

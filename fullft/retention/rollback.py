@@ -18,8 +18,8 @@ from typing import Any
 from fullft import lease
 from fullft.checkpoint import all_complete
 from fullft.recipe import Gate
+from fullft.report.runlog import evaluations, metrics, rollback_entries
 from fullft.retention.gate import last_ok
-from fullft.retention.runlog import evaluations, metrics, rollback_entries
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from fullft import lease
 from fullft.cluster import on_all
 from fullft.recipe import Recipe
+from fullft.report.runlog import evaluations
 from fullft.retention import baseline, rollback
 from fullft.retention.baseline import file_name
 from fullft.retention.budget import Budget
 from fullft.retention.evaluation import Evaluation, assemble
 from fullft.retention.gate import decide
 from fullft.retention.run import Batching, run_task, whole_weights
-from fullft.retention.runlog import evaluations
 from fullft.retention.stats import ItemRecord, finite
 from fullft.retention.tasks import VALIDATION, Prepared, prepare_tasks
 

@@ -24,14 +24,14 @@ from fullft.cluster import Cluster
 from fullft.errors import BadInput
 from fullft.preflight import preflight_evaluation
 from fullft.recipe import Recipe, differences, fingerprint
+from fullft.report.runlog import evaluations
+from fullft.report.wording import mean_gains
 from fullft.retention import baseline
 from fullft.retention.baseline import file_name
 from fullft.retention.blend import folder_of, pairs_of_model, set_weights, with_scales
 from fullft.retention.evaluate import for_evaluation, model_of, require_possible, require_shards, start_engine, tell
 from fullft.retention.evaluation import Evaluation
-from fullft.retention.runlog import evaluations
 from fullft.retention.suite import Suite
-from fullft.retention.wording import mean_gains
 from fullft.state import read_json
 
 Point = dict[str, Any]

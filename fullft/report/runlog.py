@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from fullft.errors import BadInput
-from fullft.retention.wording import Evaluation
+from fullft.report.wording import Evaluation
 
 _CURVES = re.compile(  # of metrics.jsonl, drawn over the steps
     r"train/(loss(_\w+)?|learning_rate|grad_norm|l2_distance)|perf/(tokens_per_second|mfu)|time/step_seconds"

@@ -14,10 +14,10 @@ import yaml
 from fullft import __version__, lease
 from fullft.errors import BadInput
 from fullft.recipe import Recipe, fingerprint
-from fullft.retention import runlog
-from fullft.retention.report_page import page
-from fullft.retention.runlog import Log, evaluations, generations, read_log, rollbacks, thin
-from fullft.retention.wording import Evaluation, change, gain, shown, verdict
+from fullft.report import runlog
+from fullft.report.page import page
+from fullft.report.runlog import Log, evaluations, generations, read_log, rollbacks, thin
+from fullft.report.wording import Evaluation, change, gain, shown, verdict
 from fullft.state import read_json
 
 _FORMAT = "fullft-report/1"

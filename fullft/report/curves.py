@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from fullft.retention.charts import Chart, Line, draw
-from fullft.retention.report_tables import RETENTION, SKILL, Report, escaped, task_names
+from fullft.report.charts import Chart, Line, draw
+from fullft.report.tables import RETENTION, SKILL, Report, escaped, task_names
+from fullft.report.wording import change, plane, unit
 from fullft.retention.stats import is_share
-from fullft.retention.wording import change, plane, unit
 
 _TITLES = {  # of metrics.jsonl: title and unit
     "train/loss": ("training loss", "nats a token"),

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from typing import Any
 
-from fullft.retention.report_curves import divergence, frontier, training, trajectories
-from fullft.retention.report_tables import Report, comparison, escaped, heat_maps, last_tasks, table_box, task_table
+from fullft.report.curves import divergence, frontier, training, trajectories
+from fullft.report.tables import Report, comparison, escaped, heat_maps, last_tasks, table_box, task_table
 
 _MARKS = {"good": "✓", "mixed": "!", "bad": "✕", "unknown": "?"}
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -52,7 +52,7 @@ def page(reports: Sequence[Report]) -> str:
 
 
 def _asset(name: str) -> str:
-    return files("fullft.retention").joinpath(name).read_text(encoding="utf-8")
+    return files("fullft.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _header(reports: Sequence[Report]) -> str:

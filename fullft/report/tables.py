@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from fullft.report.wording import Change, bound, change, changes, shown, unit, with_error
 from fullft.retention.stats import is_share
-from fullft.retention.wording import Change, bound, change, changes, shown, unit, with_error
 
 Report = dict[str, Any]  # as of report.collect
 
