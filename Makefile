@@ -11,7 +11,7 @@ quickstart: $(READY)
 	$(VENV)/bin/python launch/quickstart.py
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

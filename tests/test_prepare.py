@@ -274,7 +274,7 @@ def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_n
     recipe: dict[str, Any], launch: Launch, fullft: Fullft
 ) -> None:
     """Another process holds the set's lock: all ranks wait, and no collective is open meanwhile."""
-    recipe["train"]["timeout_minutes"] = 0.2  # 12 s
+    recipe["train"]["timeout_minutes"] = 0.35  # 21 s
     fullft.run()
     (prepared,) = (folder for folder in fullft.cache.iterdir() if folder.is_dir())
     aside = prepared.rename(fullft.cache / "aside")
@@ -285,7 +285,7 @@ def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_n
         aside.rename(prepared)
         lock.release()
 
-    timer = threading.Timer(16, give_back)
+    timer = threading.Timer(26, give_back)
     timer.start()
     done = launch(recipe)
     assert "waiting: data set train is prepared by another process" in done.stdout
