@@ -100,6 +100,13 @@ def test_few_flips_have_an_interval_that_is_not_empty() -> None:
     assert none["drop_ci"][1] > 0.01
 
 
+def test_if_every_answer_became_right_the_interval_still_says_how_many_were_asked() -> None:
+    for n, low in ((200, -0.971), (20, -0.735)):
+        found = stats.compare("t", "generate", "exact_match", *flips(n, 0, n))
+        assert (found["drop"], found["interval"], found["drop_ci"][0]) == (-1.0, "adjusted_wald", -1.0)
+        assert found["drop_ci"][1] == pytest.approx(low, abs=0.01)
+
+
 def test_a_drop_of_texts_by_t_below_fifty_and_by_bootstrap_above() -> None:
     rng = np.random.default_rng(1)
     for n, kind in ((20, "ratio_t"), (400, "bootstrap")):

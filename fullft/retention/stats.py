@@ -32,7 +32,9 @@ Array = NDArray[np.float64]
 RESAMPLES = 2000
 FEWEST_DOCUMENTS = 50  # below it a percentile bootstrap is too narrow, and t is right
 FEWEST_CLUSTERS = 40
-FEWEST_FLIPS = 10  # items that changed their correctness; below it neither t nor bootstrap sees the tails
+FEWEST_FLIPS = (
+    10  # items that did not do what most did: be as before, or flip; with fewer, t and bootstrap are too sure
+)
 POWER = 0.8
 ASSUMED_FLIPS = 0.1  # share of items whose correctness changes, where nothing is measured yet
 ASSUMED_SPREAD = 0.05  # between documents, of the change in bits per byte or nats a token
@@ -81,7 +83,7 @@ def compare(
 
     p, two-sided: McNemar's mid-p for right-or-wrong items without clusters (Fagerland 2013), else t with G - 1 degrees
     of freedom. drop_ci: paired bootstrap over clusters, 2,000 resamples with a seed from the task's name; t where there
-    are too few of them; for right-or-wrong items with few flips the adjusted Wald interval (Bonett & Price 2012).
+    are too few of them; for right-or-wrong items of which few, or nearly all, flip the adjusted Wald interval (Bonett & Price 2012).
     `base` may have more items: those that `items` lacks are left out of both.
 
     Raises:
@@ -123,11 +125,13 @@ def _interval(
     name: str, d: Array, b: Array, clusters: NDArray[np.int64], found: dict[str, Any], confidence: float
 ) -> dict[str, Any]:
     tail = (1 - confidence) / 2
-    if found["test"] == "mcnemar_midp" and (len(d) < FEWEST_DOCUMENTS or sum(found["discordant"]) < FEWEST_FLIPS):
+    if found["test"] == "mcnemar_midp":
         worse, better = found["discordant"]
-        centre, se = adjusted_wald(worse, better, len(d))
-        width = float(stats.norm.isf(tail)) * se
-        return {"interval": "adjusted_wald", "drop_ci": [centre - width, centre + width]}
+        others = len(d) - max(worse, better, len(d) - worse - better)
+        if len(d) < FEWEST_DOCUMENTS or others < FEWEST_FLIPS:
+            centre, se = adjusted_wald(worse, better, len(d))
+            width = float(stats.norm.isf(tail)) * se
+            return {"interval": "adjusted_wald", "drop_ci": [max(-1.0, centre - width), min(1.0, centre + width)]}
     groups = int(clusters.max()) + 1
     few = FEWEST_CLUSTERS if groups < len(d) else FEWEST_DOCUMENTS
     if groups < few:
