@@ -32,9 +32,7 @@ Array = NDArray[np.float64]
 RESAMPLES = 2000
 FEWEST_DOCUMENTS = 50  # below it a percentile bootstrap is too narrow, and t is right
 FEWEST_CLUSTERS = 40
-FEWEST_FLIPS = (
-    10  # items that did not do what most did: be as before, or flip; with fewer, t and bootstrap are too sure
-)
+FEWEST_FLIPS = 10  # items that did not do what most did (stay, or flip); with fewer, t and bootstrap are too sure
 POWER = 0.8
 ASSUMED_FLIPS = 0.1  # share of items whose correctness changes, where nothing is measured yet
 ASSUMED_SPREAD = 0.05  # between documents, of the change in bits per byte or nats a token
@@ -83,7 +81,8 @@ def compare(
 
     p, two-sided: McNemar's mid-p for right-or-wrong items without clusters (Fagerland 2013), else t with G - 1 degrees
     of freedom. drop_ci: paired bootstrap over clusters, 2,000 resamples with a seed from the task's name; t where there
-    are too few of them; for right-or-wrong items of which few, or nearly all, flip the adjusted Wald interval (Bonett & Price 2012).
+    are too few of them; for right-or-wrong items of which few, or nearly all, flip the adjusted Wald interval (Bonett &
+    Price 2012).
     `base` may have more items: those that `items` lacks are left out of both.
 
     Raises:
