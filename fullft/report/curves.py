@@ -127,7 +127,8 @@ def frontier(reports: Sequence[Report]) -> str:
         path = [(one["step"], point) for one in report["evaluations"] if (point := plane(one["tasks"]))]
         if len(path) > 1:
             line = _plane_line("the run" if alone else report["run"], path, "step", at, run)
-            line.shown = [(0, "base"), (len(path) - 1, f"step {path[-1][0]:,}")] if alone else ()
+            end = f"step {path[-1][0]:,}" if report["steps"] else "model"
+            line.shown = [(0, "base"), (len(path) - 1, end)] if alone else ()
             lines.append(line)
         blend = report["blend"] or {}
         mixed = sorted((one["alpha"], point) for one in blend.get("points", []) if (point := plane(one["tasks"])))

@@ -28,7 +28,7 @@ def page(reports: Sequence[Report]) -> str:
         ("Trajectories", trajectories(reports) if trained else ""),
         ("Skill against retention", frontier(reports)),
         ("Forgetting by task and step", heat_maps(reports) if trained else ""),
-        ("Divergence from the base model", divergence(reports)),
+        ("Divergence from the base model", divergence(reports) if trained else ""),
         ("Training", training(reports)),
         ("Answers before and after", _answers(reports)),
         ("Recipe and environment", _recipes(reports)),
