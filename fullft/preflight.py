@@ -28,6 +28,7 @@ from fullft.retention.divergence import Divergence
 from fullft.retention.run import max_positions
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE, read_json, status
+from fullft.tiles import require_tileable
 from fullft.tokenizer import load_tokenizer
 
 
@@ -76,6 +77,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     attention = attempt(model.attention_of, recipe.model) if meta is not None else None
     if attention is not None:
         problems += _parallel_problems(recipe, attention)
+    if meta is not None and recipe.train.mlp_tiles > 1:
+        attempt(require_tileable, meta)
     if meta is not None and recipe.train.layerwise_lr_decay < 1:
         attempt(layer_depths, meta)
     problems += _remedy_problems(recipe, config or {})

@@ -224,6 +224,10 @@ class Train(Section):
         1, ge=1, description="GPUs that share a micro-batch, each with a part of every sequence (Ulysses): for "
         "sequences too long for one GPU; divides the number of GPUs, data.sequence_length and the attention heads"
     )  # fmt: skip
+    mlp_tiles: int = Field(
+        1, ge=1, description="run each MLP over so many parts of the tokens in turn, and again in backward: "
+        "its inner activations take that much less memory"
+    )  # fmt: skip
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, 25 % slower"
     )
@@ -494,7 +498,7 @@ class Recipe(Section):
 # What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
-    "train.micro_batch_size", "train.sequence_parallel", "model.attention",
+    "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "model.attention",
     "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",
