@@ -186,6 +186,7 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     inputs = preflight(recipe, world_size, on_gpu=os.environ.get("DS_ACCELERATOR") != "cpu")
     plan = inputs.plan
     print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
+    print(f"attn     {inputs.attention.name}: {inputs.attention.reason}")
     for line in inputs.batches.describe(inputs.total_steps):
         print(f"data     {line}")
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
@@ -214,7 +215,7 @@ def prepare(path: str, overrides: list[str], workers: int | None) -> None:
         tokenizer = load_tokenizer(recipe.model)
         started = time.monotonic()
         sets, warnings = open_data(recipe, tokenizer, executor)
-        batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
+        batches, steps = build_batches(recipe, sets, geometry(recipe, recipe.train.sequence_parallel))
         warnings += unlikely(recipe, steps, batches)
         for line in [*batches.describe(steps), *(f"warning: {warning}" for warning in warnings)]:
             print(line)
@@ -232,7 +233,7 @@ def inspect(path: str, overrides: list[str], rows: int, html: Path | None) -> No
 
     tokenizer = load_tokenizer(recipe.model)
     sets, warnings = open_data(recipe, tokenizer)
-    batches, steps = build_batches(recipe, sets, geometry(recipe, 1))
+    batches, steps = build_batches(recipe, sets, geometry(recipe, recipe.train.sequence_parallel))
     view = collect(batches, steps, tokenizer, warnings + unlikely(recipe, steps, batches), rows)
     show(view)
     if html:

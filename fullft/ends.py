@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -138,7 +139,7 @@ def stop_at_non_finite(
     lease.check()
     folder = recipe.run_folder / "failure" / f"step-{step + 1:08d}"
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save([vars(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
+    torch.save([asdict(batch) for batch in batches], folder / f"rank-{cluster.rank}.pt")
     losses: list[Any] = [None] * cluster.world_size
     dist.all_gather_object(losses, float(sums.sum()))
     if cluster.is_main:

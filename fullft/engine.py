@@ -21,24 +21,25 @@ def geometry(recipe: Recipe, world_size: int) -> Geometry:
     """Gradient accumulation from the global batch and the world size.
 
     Raises:
-        BadInput: the global batch cannot be shared evenly.
+        BadInput: the ranks make no groups of train.sequence_parallel, or the global batch cannot be shared evenly.
     """
-    size, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    accumulation, rest = divmod(size, micro * world_size)
+    size, micro, parts = recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.train.sequence_parallel
+    if world_size % parts:
+        raise BadInput(
+            f"train.sequence_parallel: {world_size} ranks make no groups of {parts}; it must divide their number"
+        )
+    ranks, groups = f"{world_size} ranks", world_size // parts
+    if parts > 1:
+        ranks = f"{groups} groups of {parts} ranks (train.sequence_parallel)"
+    accumulation, rest = divmod(size, micro * groups)
     if rest or not accumulation:
-        below, above = accumulation * micro * world_size, (accumulation + 1) * micro * world_size
+        below, above = accumulation * micro * groups, (accumulation + 1) * micro * groups
         choices = " or ".join(str(choice) for choice in (below, above) if choice)
         raise BadInput(
-            f"train.global_batch_size: {size} sequences cannot be shared by {world_size} ranks × "
-            f"train.micro_batch_size {micro}: must be a multiple of {micro * world_size}, e.g. {choices}"
+            f"train.global_batch_size: {size} sequences cannot be shared by {ranks} × "
+            f"train.micro_batch_size {micro}: must be a multiple of {micro * groups}, e.g. {choices}"
         )
-    if micro > 1 and recipe.data.packing and recipe.model.attention.startswith("flash"):
-        # transformers looks for document borders in position ids for flash attention only when the batch is 1.
-        raise BadInput(
-            f"train.micro_batch_size: {micro} packed sequences at once would see each other's documents with "
-            f"model.attention {recipe.model.attention}: must be 1; raise data.sequence_length instead"
-        )
-    return Geometry(size, micro, accumulation, world_size, recipe.train.seed)
+    return Geometry(size, micro, accumulation, world_size, recipe.train.seed, parts)
 
 
 def read_config(recipe: Recipe) -> dict[str, Any]:
@@ -91,7 +92,9 @@ def fill_config(
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.accumulation,
-        "train_batch_size": plan.global_batch_size,
+        # For DeepSpeed the ranks that share a micro-batch have one each: the gradients of all ranks are averaged, so
+        # that the loop's loss × ranks gives their sum, whether they are of other rows or of other parts of a row.
+        "train_batch_size": plan.micro_batch_size * plan.accumulation * plan.world_size,
         # Unset, DeepSpeed clips to 1.0.
         "gradient_clipping": recipe.train.max_grad_norm,
         "bf16": {"enabled": bf16},

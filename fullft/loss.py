@@ -8,15 +8,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fullft.documents import Documents, documents_arguments
+
 IGNORE = -100  # label of a position without loss, as everywhere in PyTorch
 
 
-def labelled_logits(model: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+def labelled_logits(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    labels: torch.Tensor,
+    documents: Documents | None = None,
+) -> Any:
     """Forward pass, with logits only where some row has a label: the head costs 2·hidden·vocabulary FLOP a token.
 
     Args:
         model: a transformers causal language model, or the DeepSpeed engine around one.
         input_ids, position_ids, labels: [batch, sequence] int64; labels already shifted.
+        documents: of the micro-batch; without them attention goes by the position ids, or takes a row for a document.
 
     Returns:
         logits [batch, kept, vocabulary] and labels [batch, kept]. `kept` ≥ 1 even when nothing has a label, so that
@@ -25,8 +34,11 @@ def labelled_logits(model: Any, input_ids: torch.Tensor, position_ids: torch.Ten
     kept = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
     if kept.numel() == 0:
         kept = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    # No attention mask: with one, transformers would not look for document borders in position_ids.
-    output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=kept)
+    # No attention mask over the tokens: with one, transformers would not look for document borders in position_ids.
+    output = model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=kept,
+        **documents_arguments(model, documents),
+    )  # fmt: skip
     return output.logits, labels[:, kept]
 
 

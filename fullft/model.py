@@ -22,9 +22,12 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from fullft.attention import Heads, try_layers, use_best_kernel
+from fullft.documents import VARLEN, Documents, documents_arguments
 from fullft.errors import BadInput
 from fullft.recipe import Model, Recipe
 from fullft.shards import make_empty_shards, own_part, why_not_by_shards
+from fullft.tiles import tile_mlps
 from fullft.tokenizer import files, first_line, vocabulary_rows
 from fullft.weights import Part, Stored, Weights, locate, mean_row, read_parts
 
@@ -95,6 +98,37 @@ def on_meta(model: Model, tokenizer: PreTrainedTokenizerBase | None = None) -> P
     attention = model.attention if model.attention in ("sdpa", "eager") else "eager"
     with torch.device("meta"):
         return _from_config(model, tokenizer, attention, None)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Which implementation of transformers runs the attention."""
+
+    name: str
+    reason: str
+    layers: tuple[Heads, ...] = ()  # of `varlen`, those that differ
+
+
+def attention_of(model: Model) -> Attention:
+    """What model.attention stands for, found by running the model on the meta device.
+
+    Raises:
+        BadInput: it is varlen, and the model wants of its attention what that has not; or its config is bad.
+    """
+    if model.attention not in ("auto", VARLEN):
+        return Attention(model.attention, "as model.attention says")
+    with torch.device("meta"):
+        try:
+            # In bf16: there are kernels for it alone whose shapes the meta device asks for.
+            layers = try_layers(lambda name: _from_config(model, None, name, torch.bfloat16))
+            reason = "documents are attended to one by one, without a mask"
+            return Attention(VARLEN, reason, tuple(dict.fromkeys(layers)))
+        except Exception as error:  # of the model's own code: it is not made for this
+            why = f"{VARLEN} is not possible ({first_line(error)})"
+        if model.attention == VARLEN:
+            raise BadInput(f"model.attention: {why}; auto takes what the model has")
+        has_sdpa = on_meta(model)._supports_sdpa
+    return Attention("sdpa" if has_sdpa else "eager", f"{why}, and packed documents need a mask of sequence² elements")
 
 
 def vocabulary_parameters(model: PreTrainedModel) -> list[str]:
@@ -172,29 +206,33 @@ def load(
         BadInput: the weights do not fit the config.
     """
     started, dtype = time.perf_counter(), precision(recipe)
+    attention = attention_of(recipe.model)
     unset_hf_deepspeed_config()  # of a model that was loaded before: this one would be built whole, then cut
     folder = files(recipe.model, weights=True)
     with _parameters_on_meta():
-        model = _from_config(recipe.model, tokenizer, recipe.model.attention, dtype)
+        model = _from_config(recipe.model, tokenizer, attention.name, dtype)
     weights = weights_of(recipe, model, deepspeed_config)
     if weights.problems or (weights.reason and recipe.model.grows):
         raise BadInput(weights.problems or [_cannot_grow(recipe.model, weights.reason)])
     if weights.reason:
-        model = _load_by_transformers(recipe, folder, deepspeed_config)
+        model = _load_by_transformers(recipe, folder, deepspeed_config, attention.name)
         said = f"by transformers, since {weights.reason}"
     else:
         make_empty_shards(model, deepspeed_config, dtype)
         count = _place_buffers(model, weights)
         count += _read_shards(recipe.model, model, weights, tokenizer) if read else 0
         said = f"{count / 1e9:.2f} GB read by each rank" if read else "not read yet"
+    kernel = use_best_kernel(attention.layers, dtype) if attention.name == VARLEN else ""
     if dist.get_rank() == 0:
         print(f"weights: {said} ({time.perf_counter() - started:.1f} s)", flush=True)
+        print(f"attention: {kernel}\n" if kernel else "", end="", flush=True)
     # generate() asks it whether ranks must keep step; transformers holds a weak reference, so we keep a strong one.
     model.fullft_deepspeed_handle = HfDeepSpeedConfig(deepspeed_config)
     model.requires_grad_(True)
     for name, parameter in model.named_parameters():
         if parameter.ds_tensor.dtype != dtype:
             raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
+    tile_mlps(model, recipe.train.mlp_tiles)
     if recipe.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -260,13 +298,15 @@ def _fill_new_rows(parameter: Any, stored: Stored, new_ids: list[int]) -> None:
         shard[first:last] = mean[first + start - row * len(mean) : last + start - row * len(mean)]
 
 
-def _load_by_transformers(recipe: Recipe, folder: Path, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+def _load_by_transformers(
+    recipe: Recipe, folder: Path, deepspeed_config: dict[str, Any], attention: str
+) -> PreTrainedModel:
     # from_pretrained builds under zero.Init if this object exists.
     handle = HfDeepSpeedConfig(deepspeed_config)
     path = folder if list(folder.glob("*.safetensors")) else recipe.model.path
     model, report = AutoModelForCausalLM.from_pretrained(
         path, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code,
-        attn_implementation=recipe.model.attention, dtype=precision(recipe), output_loading_info=True,
+        attn_implementation=attention, dtype=precision(recipe), output_loading_info=True,
     )  # fmt: skip
     model.fullft_deepspeed_handle = handle
     if bad := sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]:
@@ -275,28 +315,39 @@ def _load_by_transformers(recipe: Recipe, folder: Path, deepspeed_config: dict[s
 
 
 @torch.no_grad()
-def require_documents_apart(engine: Any, attention: str, micro_batch_size: int) -> None:
+def require_documents_apart(engine: Any, micro_batch_size: int, sequence_parallel: int = 1) -> None:
     """Run two packed documents, change the first, and see that the logits of the second stay. All ranks together.
 
-    In a micro-batch of the real size: what transformers makes of position ids depends on it.
+    In a micro-batch of the real size, told its documents as in training, by the ranks that share one.
 
-    Attention that ignores the document borders in position ids would train on contaminated context without a word.
+    Attention that ignores the document borders would train on contaminated context without a word.
 
     Raises:
         BadInput: they do not stay.
     """
     engine.eval()
-    second = [1, 2, 3, 4]
-    positions = torch.tensor([[0, 1, 2, 3] * 2] * micro_batch_size, device=engine.device)
+    half, part = 4 * sequence_parallel, dist.get_rank() % sequence_parallel
+    columns = slice(part * 8, part * 8 + 8)
+    rows = torch.tensor([[*range(half)] * 2] * micro_batch_size)
+    documents = replace(Documents.of(rows), ranks=sequence_parallel).to(engine.device)
+    in_second = torch.arange(2 * half)[columns] >= half
     logits = []
-    for first in ([5, 6, 7, 5], [6, 5, 6, 7]):
-        ids = torch.tensor([first + second] * micro_batch_size, device=engine.device)
-        logits.append(engine(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 4:].float())
+    for turned in (0, 1):
+        first = [5 + (at + turned) % 2 for at in range(half)]
+        ids = torch.tensor([first + [1 + at % 4 for at in range(half)]] * micro_batch_size)
+        ids, positions = (one[:, columns].to(engine.device) for one in (ids, rows))
+        told = documents_arguments(engine, documents)
+        output = engine(input_ids=ids, position_ids=positions, use_cache=False, **told).logits
+        logits.append(output[:, in_second.to(engine.device)].float())
     engine.train()
-    change = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-6))
+    change = torch.zeros((), device=engine.device)
+    if len(logits[0][0]):
+        change = (logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp(min=1e-6)
+    dist.all_reduce(change, dist.ReduceOp.MAX)
     round_off = 1e-3 if next(engine.module.parameters()).dtype == torch.float32 else 3e-2  # bf16 has 8 bits
-    if change > round_off:
+    if float(change) > round_off:
+        name = engine.module.config._attn_implementation
         raise BadInput(
-            f"model.attention: with {attention}, {type(engine.module).__name__} lets packed documents see each other "
-            f"(logits change by {change:.1%}); choose another attention, or data.packing=false"
+            f"model.attention: with {name}, {type(engine.module).__name__} lets packed documents see each other "
+            f"(logits change by {float(change):.1%}); choose another attention, or data.packing=false"
         )

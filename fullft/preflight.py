@@ -17,6 +17,7 @@ from fullft.checkpoint import newest
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
+from fullft.documents import VARLEN
 from fullft.errors import BadInput, Problems
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
@@ -27,6 +28,7 @@ from fullft.retention.divergence import Divergence
 from fullft.retention.run import max_positions
 from fullft.retention.suite import Suite
 from fullft.state import REQUEUE, read_json, status
+from fullft.tiles import require_tileable
 from fullft.tokenizer import load_tokenizer
 
 
@@ -44,6 +46,7 @@ class Inputs:
     warnings: list[str]
     meta: PreTrainedModel  # without storage; the export is laid out from it
     divergence: Divergence
+    attention: model.Attention
 
 
 def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
@@ -71,10 +74,15 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     if meta is not None and tokenizer is not None:
         problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
+    attention = attempt(model.attention_of, recipe.model) if meta is not None else None
+    if attention is not None:
+        problems += _parallel_problems(recipe, attention)
+    if meta is not None and recipe.train.mlp_tiles > 1:
+        attempt(require_tileable, meta)
     if meta is not None and recipe.train.layerwise_lr_decay < 1:
         attempt(layer_depths, meta)
     problems += _remedy_problems(recipe, config or {})
-    if problems or config is None or geometry is None or meta is None or tokenizer is None:
+    if problems or config is None or geometry is None or meta is None or tokenizer is None or attention is None:
         raise BadInput(problems)
 
     facts = model.facts(meta)
@@ -119,7 +127,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     warnings = told + unlikely(recipe, total, batches) + slow + seldom
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
-    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence)
+    return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence, attention)
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -233,6 +241,27 @@ def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
     ]
 
 
+def _parallel_problems(recipe: Recipe, attention: model.Attention) -> list[str]:
+    ranks, problems, key = recipe.train.sequence_parallel, [], "train.sequence_parallel"
+    if ranks == 1:
+        return []
+    if attention.name != VARLEN:
+        problems.append(f"{key}: needs model.attention varlen, this is {attention.name}, {attention.reason}")
+    for heads in attention.layers:
+        if heads.query % ranks or (heads.key_value % ranks and ranks % heads.key_value):
+            problems.append(
+                f"{key}: {heads.query} attention heads with {heads.key_value} key-value heads cannot be shared by "
+                f"{ranks} ranks; it must divide the heads, and divide or be a multiple of the key-value heads"
+            )
+    if recipe.data.packing and recipe.data.sequence_length % ranks:
+        near = -(-recipe.data.sequence_length // ranks) * ranks
+        problems.append(
+            f"{key}: data.sequence_length {recipe.data.sequence_length} cannot be cut into {ranks} equal parts; make "
+            f"it a multiple, e.g. {near}"
+        )
+    return problems
+
+
 def _remedy_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     train, problems = recipe.train, []
     if train.kl_weight and not recipe.data.replay:
@@ -303,6 +332,7 @@ def preflight_evaluation(recipe: Recipe, world_size: int) -> Measured:
     config = engine.for_evaluation(config)
     weights = model.weights_of(recipe, meta, config)
     problems += weights.problems
+    attempt(model.attention_of, recipe.model)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)

@@ -27,9 +27,11 @@ class Section(BaseModel):
 class Model(Section):
     path: str = Field(description="Hugging Face folder or hub name of the base model")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
-    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
-        "sdpa", description="attention implementation of transformers; checked to keep packed documents apart"
-    )
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="varlen: torch's kernel for packed documents, on CPU a call for each; sdpa, eager: with a "
+        "mask of sequence_length² elements; flash_attention_2, 3: of the package flash-attn; auto: the first of "
+        "varlen, sdpa, eager that the model can use. Checked to keep packed documents apart"
+    )  # fmt: skip
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
     new_tokens: tuple[str, ...] = Field(
         (), description="special tokens added to the tokenizer; their embeddings start as the mean of the old ones"
@@ -218,6 +220,14 @@ class Train(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 keeps fp32 master weights; auto: bf16 on GPU, fp32 on CPU"
     )
+    sequence_parallel: int = Field(
+        1, ge=1, description="GPUs that share a micro-batch, each with a part of every sequence (Ulysses): for "
+        "sequences too long for one GPU; divides the number of GPUs, data.sequence_length and the attention heads"
+    )  # fmt: skip
+    mlp_tiles: int = Field(
+        1, ge=1, description="run each MLP over so many parts of the tokens in turn, and again in backward: "
+        "its inner activations take that much less memory"
+    )  # fmt: skip
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, 25 % slower"
     )
@@ -488,7 +498,7 @@ class Recipe(Section):
 # What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
-    "train.micro_batch_size",
+    "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "model.attention",
     "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",

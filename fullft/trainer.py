@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fullft import checkpoint, lease, model, signals, watchdog
+from fullft.attention import form_groups
 from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
 from fullft.data.batches import Batch, Batches
 from fullft.ends import (
@@ -89,7 +90,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
             # 1. Forward pass
-            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
+            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents)
             # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
             nats = token_cross_entropy(logits, labels)
             kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
@@ -194,6 +195,7 @@ def set_up(
     end_loading_if_asked(recipe, cluster, "loading of the model")
     # The pull needs the base weights; else a checkpoint has all that is needed.
     read = not resumes[0] or recipe.train.l2_pull > 0
+    form_groups(recipe.train.sequence_parallel)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
@@ -208,7 +210,7 @@ def set_up(
     on_all(lambda: rollback.finish(recipe.run_folder))  # one that was killed
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
-        model.require_documents_apart(engine, recipe.model.attention, recipe.train.micro_batch_size)
+        model.require_documents_apart(engine, recipe.train.micro_batch_size, recipe.train.sequence_parallel)
 
     if resumes[0] and not resumed:
         raise RuntimeError(f"no checkpoint of {recipe.run_folder} was loaded, and so the base weights were not read")
@@ -402,6 +404,11 @@ def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs, hosts: lis
         raise BadInput(f"run_dir: {folder} cannot be written ({error}); mend it, or choose another run_dir") from None
 
 
+def _ranks(recipe: Recipe, cluster: Cluster) -> str:
+    parts = recipe.train.sequence_parallel
+    return f"{cluster.world_size} ranks" if parts == 1 else f"{cluster.world_size // parts} groups of {parts} ranks"
+
+
 def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: int) -> list[str]:
     plan = inputs.plan
     return [
@@ -409,7 +416,8 @@ def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: i
         f"ZeRO-3 over {cluster.world_size} ranks",
         *(f"data   {line}" for line in inputs.batches.describe(inputs.total_steps)),
         f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
-        f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
+        f"{plan['gradient_accumulation_steps']} × {_ranks(recipe, cluster)}; {inputs.total_steps} steps",
+        f"attn   {inputs.attention.name}: {inputs.attention.reason}",
         f"run    {recipe.run_folder}",
         *(f"warning: {warning}" for warning in inputs.warnings),
     ]

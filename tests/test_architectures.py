@@ -78,6 +78,21 @@ def test_the_export_has_the_loss_of_the_last_evaluation(
 def test_attention_that_the_architecture_lacks_is_told_before_anything_starts(
     recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
 ) -> None:
-    recipe["model"]["path"] = str(save_model(Gemma2Config(**SMALL), tiny_model, tmp_path / "model"))
-    with pytest.raises(BadInput, match=r"model\.attention is sdpa, try eager"):
-        preflight(parse_recipe(recipe), 1)
+    recipe["model"] |= {"path": str(save_model(Gemma2Config(**SMALL), tiny_model, tmp_path / "model"))}
+    for attention, told in (("sdpa", r"model\.attention is sdpa, try eager"), ("varlen", r"varlen is not .*softcap")):
+        recipe["model"]["attention"] = attention
+        with pytest.raises(BadInput, match=told):
+            preflight(parse_recipe(recipe), 1)
+    recipe["model"]["attention"] = "auto"
+    chosen = preflight(parse_recipe(recipe), 1).attention
+    assert chosen.name == "eager"
+    assert "softcap" in chosen.reason
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_auto_takes_the_kernel_for_packed_documents_where_the_architecture_can_use_it(
+    recipe: dict[str, Any], tiny_model: Path, tmp_path: Path, name: str
+) -> None:
+    recipe["model"]["path"] = str(save_model(CONFIGS[name], tiny_model, tmp_path / "model"))
+    chosen = preflight(parse_recipe(recipe), 1).attention
+    assert chosen.name == ("sdpa" if name.startswith("gpt2") else "varlen")  # gpt2 has dropout in its attention

@@ -538,11 +538,6 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_mended_r
     preflight(parse_recipe(recipe, ["train.learning_rate=0.5"]), 1)
 
 
-def test_packed_sequences_that_flash_attention_would_mix_are_refused(recipe: dict[str, Any]) -> None:
-    recipe["model"]["attention"] = "flash_attention_2"
-    assert problem(recipe, "train.micro_batch_size=2").startswith("train.micro_batch_size: 2 packed sequences")
-
-
 def test_a_check_on_a_login_node_plans_for_gpus(recipe: dict[str, Any]) -> None:
     for on_gpu, bytes_a_parameter in ((True, 16), (False, 20)):
         inputs = preflight(parse_recipe(copy.deepcopy(recipe)), 4, on_gpu=on_gpu)

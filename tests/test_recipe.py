@@ -372,6 +372,7 @@ FREE = {
     "checkpoint.every_steps": "7", "checkpoint.keep": "9", "checkpoint.resume": "never", "export.dtype": "fp32",
     "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
+    "train.sequence_parallel": "2", "train.mlp_tiles": "2", "model.attention": "eager",
     "export.push_to_hub": "a/b",
     "train.activation_checkpointing": "true", "train.timeout_minutes": "5", "retention.generation_batch_size": "3",
     "train.hang_timeout": "60", "checkpoint.grace_seconds": "60",
@@ -382,7 +383,7 @@ FREE = {
     "train.kl_reference_offload": "true",
 }  # fmt: skip
 FIXED = {
-    "model.path": "models/b", "model.revision": "r", "model.attention": "eager", "data.sequence_length": "64",
+    "model.path": "models/b", "model.revision": "r", "data.sequence_length": "64",
     "model.new_tokens": "[<|call|>]", "model.vocabulary_multiple": "64",
     "data.packing": "false", "data.on_leak": "drop", "data.train_on": "all", "data.on_bad_row": "skip",
     "data.on_too_long": "drop",

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fullft.data.mixture import Mixture
 from fullft.data.sequences import Sequences
+from fullft.documents import Documents
 from fullft.loss import IGNORE
 
 
@@ -22,34 +23,59 @@ class Batch:
     """One micro-batch of one rank; all tensors [micro_batch, sequence] int64.
 
     There is no attention mask. Documents are packed from the left and padding comes last, so causal attention keeps
-    padding out, and position ids that restart at 0 are how attention sees the borders between documents.
+    padding out, and `documents`, or position ids that restart at 0, are how attention sees the borders between them.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor  # the next token, already shifted; IGNORE where there is no loss
     tokens: int  # without padding
+    lengths: tuple[int, ...]  # of whole rows, without padding
     replay: torch.Tensor  # [micro_batch] bool: the row is of a replay set (a row is of one set)
     sequences: tuple[tuple[int, int], ...]  # (set, sequence of it) of each row
     replay_on_a_rank: bool  # some rank has a replay row in this micro-step; the same on all
+    documents: Documents  # of whole rows, also where this is a part of them
+    labels_before: tuple[int, ...]  # of each row, in the parts before this one
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
             tensor.to(device, non_blocking=True)
             for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
         )
-        return replace(self, input_ids=ids, position_ids=positions, labels=labels, replay=replay)
+        documents = self.documents.to(device)
+        return replace(
+            self, input_ids=ids, position_ids=positions, labels=labels, replay=replay, documents=documents
+        )  # fmt: skip
+
+    def part(self, number: int, parts: int) -> Batch:
+        """The columns of the rank `number` of those that share the micro-batch."""
+        width = self.input_ids.shape[1] // parts
+        columns = slice(number * width, (number + 1) * width)
+        # Of each row the tokens come first, then the padding.
+        tokens = sum(min(max(length - columns.start, 0), width) for length in self.lengths)
+        before = (self.labels[:, : columns.start] != IGNORE).sum(1).tolist()
+        return replace(
+            self, input_ids=self.input_ids[:, columns].contiguous(), labels=self.labels[:, columns].contiguous(),
+            position_ids=self.position_ids[:, columns].contiguous(), tokens=tokens, labels_before=tuple(before),
+            documents=replace(self.documents, ranks=parts),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a global batch is shared: `global_batch_size = micro_batch_size · accumulation · world_size`."""
+    """How a global batch is shared: `global_batch_size = micro_batch_size · accumulation · groups`, where a group is
+    `sequence_parallel` ranks, each of which has a part of every row, or a single one that has all."""
 
     global_batch_size: int
     micro_batch_size: int
     accumulation: int
     world_size: int
     seed: int
+    sequence_parallel: int = 1
+
+    @property
+    def groups(self) -> int:
+        return self.world_size // self.sequence_parallel
 
 
 class Batches:
@@ -93,12 +119,14 @@ class Batches:
 
     def of_step(self, step: int, rank: int) -> Iterator[Batch]:
         """The micro-batches of this rank in optimizer step `step` (from 0)."""
-        size = self.geometry.micro_batch_size
+        size, groups, parts = self.geometry.micro_batch_size, self.geometry.groups, self.geometry.sequence_parallel
+        group, part = divmod(rank, parts)
         sequences = self.sequences_of_step(step)
         for micro_step in range(self.geometry.accumulation):
-            of_ranks = sequences[micro_step * self.geometry.world_size * size :][: self.geometry.world_size * size]
+            of_ranks = sequences[micro_step * groups * size :][: groups * size]
             replays = any(of_set >= self.first_replay for of_set, _ in of_ranks)
-            yield replace(self.collate(of_ranks[rank * size :][:size]), replay_on_a_rank=replays)
+            batch = replace(self.collate(of_ranks[group * size :][:size], parts), replay_on_a_rank=replays)
+            yield batch if parts == 1 else batch.part(part, parts)
 
     def sequences_of_step(self, step: int) -> list[tuple[int, int]]:
         """(set, sequence of it) of the global batch of a step, from endless streams of shuffled epochs."""
@@ -181,18 +209,21 @@ class Batches:
         slices = one.slices[one.starts[sequence] : one.starts[sequence + 1]].tolist()
         return sum(int(one.tokens.read(start, length)[1][1:].sum()) for start, _, length in slices)
 
-    def collate(self, chosen: Sequence[tuple[int, int]]) -> Batch:
-        """(set, sequence) of each row → a batch."""
+    def collate(self, chosen: Sequence[tuple[int, int]], multiple: int = 1) -> Batch:
+        """(set, sequence) of each row → a batch, as wide as a multiple of this."""
         rows = [(self.sets[of_set], sequence) for of_set, sequence in chosen]
         lengths = [int(one.lengths[sequence]) for one, sequence in rows]
-        width = self.width or max(lengths)
+        width = self.width or -(-max(lengths) // multiple) * multiple
         ids, positions, labels = (torch.zeros((len(rows), width), dtype=torch.int64) for _ in range(3))
         labels.fill_(IGNORE)
         for row, (one, sequence) in enumerate(rows):
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
         replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
-        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen), bool(replay.any()))
+        return Batch(
+            ids, positions, labels, sum(lengths), tuple(lengths), replay, tuple(chosen), bool(replay.any()),
+            Documents.of(positions), (0,) * len(rows),
+        )  # fmt: skip
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:

@@ -29,6 +29,7 @@ from fullft import lease, signals, watchdog
 from fullft.cluster import is_shared
 from fullft.data.batches import Batch, Batches
 from fullft.data.progress import progress
+from fullft.documents import Documents
 from fullft.errors import BadInput, Preempted
 from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.recipe import Recipe
@@ -46,6 +47,14 @@ class Rows:
     count: Callable[[int], int]  # labels of a row
     batch: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]  # ids, position ids, labels as in a `Batch`
     key: str  # tells them from others
+
+
+def logits_of_rows(engine: Any, rows: Rows, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`labelled_logits` of the chosen rows, whose documents are apart."""
+    ids, positions, labels = rows.batch(chosen)
+    at, documents = engine.device, Documents.of(positions)
+    logits, kept = labelled_logits(engine, ids.to(at), positions.to(at), labels.to(at), documents.to(at))
+    return logits, kept
 
 
 class Predictions:
@@ -67,11 +76,18 @@ class Predictions:
     def bytes(self) -> int:
         return int(self.tokens.nbytes + self.logprobs.nbytes + self.rest.nbytes)
 
-    def of(self, row: int, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens [labels, k] int64, their ln p [labels, k] fp32, the rest [labels] fp32) at the labels of a row."""
-        part = slice(self.offsets[row], self.offsets[row + 1])
+    def of(
+        self, row: int, device: torch.device | str, part: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(tokens [labels, k] int64, their ln p [labels, k] fp32, the rest [labels] fp32) at the labels of a row.
+
+        `part`: the first of these labels and how many; default: all.
+        """
+        first, last = int(self.offsets[row]), int(self.offsets[row + 1])
+        if part is not None:
+            first, last = first + part[0], min(first + sum(part), last)
         columns = (self.tokens, self.logprobs, self.rest)
-        tokens, logprobs, rest = (torch.from_numpy(numpy.array(one[part])).to(device) for one in columns)
+        tokens, logprobs, rest = (torch.from_numpy(numpy.array(one[first:last])).to(device) for one in columns)
         return tokens.long(), logprobs.float(), rest
 
 
@@ -86,7 +102,9 @@ class ReferenceDivergence:
         if not batch.replay_on_a_rank:
             return logits.new_zeros(len(logits), dtype=torch.float32)
         with torch.no_grad():
-            of_base, _ = labelled_logits(self._engine, batch.input_ids, batch.position_ids, batch.labels)
+            of_base, _ = labelled_logits(
+                self._engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents
+            )
         nats = [logits.new_zeros((), dtype=torch.float32)] * len(logits)
         for row in batch.replay.nonzero()[:, 0].tolist():
             wanted = labels[row] != IGNORE
@@ -110,8 +128,10 @@ class ReplayDivergence:
         nats = []
         for row, sequence in enumerate(batch.sequences):
             if sequence in self._row_of:
-                known = self._predictions.of(self._row_of[sequence], logits.device)
-                nats.append(kl_divergence(logits[row][labels[row] != IGNORE], *known).sum())
+                wanted = logits[row][labels[row] != IGNORE]
+                part = (batch.labels_before[row], len(wanted))
+                known = self._predictions.of(self._row_of[sequence], logits.device, part)
+                nats.append(kl_divergence(wanted, *known).sum())
             else:
                 nats.append(logits.new_zeros((), dtype=torch.float32))
         return torch.stack(nats)
@@ -241,7 +261,7 @@ def _parts(
                 raise Preempted
             watchdog.mark("base model's predictions")
             chosen = batches[min(number, len(batches) - 1)]
-            logits, labels = labelled_logits(engine, *(tensor.to(engine.device) for tensor in rows.batch(chosen)))
+            logits, labels = logits_of_rows(engine, rows, chosen)
             advance(1)
             if number >= len(batches):  # another rank's batch, only to keep step
                 continue

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fullft import model, signals, watchdog
 from fullft.data.batches import Batches
 from fullft.errors import BadInput, Preempted
-from fullft.loss import IGNORE, kl_divergence, labelled_logits
+from fullft.loss import IGNORE, kl_divergence
 from fullft.optim import layer_of
 from fullft.recipe import Recipe
-from fullft.retention.base import Predictions, Rows, predict
+from fullft.retention.base import Predictions, Rows, logits_of_rows, predict
 from fullft.retention.pull import parts_without, squared_norm
 from fullft.retention.run import batched, share
 from fullft.retention.tasks import Prepared
@@ -118,7 +118,7 @@ class Divergence:
         @torch.no_grad()
         def run(batch: int) -> tuple[float, float, int]:
             chosen = batches[batch]
-            logits, labels = labelled_logits(engine, *(one.to(engine.device) for one in rows.batch(chosen)))
+            logits, labels = logits_of_rows(engine, rows, chosen)
             nats = mass = 0.0
             for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
                 tokens, logprobs, rest = known.of(row, engine.device)
