@@ -102,6 +102,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
         if no_room := _room_problems(recipe, planned):
             raise BadInput(no_room)
+    if recipe.train.profile and recipe.train.profile[1] > total:
+        raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
     suite.plan(total)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {

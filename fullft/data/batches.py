@@ -32,6 +32,7 @@ class Batch:
     replay: torch.Tensor  # [micro_batch] bool: the row is of a replay set (a row is of one set)
     sequences: tuple[tuple[int, int], ...]  # (set, sequence of it) of each row
     replay_on_a_rank: bool  # some rank has a replay row in this micro-step; the same on all
+    row_tokens: tuple[int, ...]  # of each row, without padding
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
@@ -192,7 +193,7 @@ class Batches:
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
         replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
-        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen), bool(replay.any()))
+        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen), bool(replay.any()), tuple(lengths))
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:
