@@ -20,6 +20,7 @@ import torch
 from fullft import watchdog
 from fullft.data.batches import Batch
 from fullft.flops import Flops, document_lengths
+from fullft.loss import IGNORE
 
 _PARTS = {
     "data": "data", "token count": "communication", "forward": "forward", "backward": "backward",
@@ -80,12 +81,13 @@ class Account:
         if self._trace is not None:
             self._trace(name)
 
-    def flops_of(self, batches: Sequence[Batch], labels: int) -> tuple[float, float]:
+    def flops_of(self, batches: Sequence[Batch]) -> tuple[float, float]:
         """(FLOPs that the documents of this rank's micro-batches need, FLOPs that are run) in forward and backward; the
-        second with padding and recomputation. `labels`: positions that have one. 0 of an unknown architecture."""
+        second with padding and recomputation. 0 of an unknown architecture. (A reference model that runs beside, of
+        train.kl_reference, is in neither.)"""
         if self._flops is None:
             return 0.0, 0.0
-        needed = run = 3 * self._flops.forward(0, labels)
+        needed = run = 3 * self._flops.forward(0, sum(int((batch.labels != IGNORE).sum()) for batch in batches))
         for batch in batches:
             all_lengths, lengths = document_lengths(batch.position_ids, batch.row_tokens)
             needed += 3 * self._flops.forward(batch.tokens, 0, lengths)

@@ -93,7 +93,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         batches = list(inputs.batches.of_step(step, cluster.rank))
         account.phase("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
-        task_labels, replay_labels, tokens_of_step, *flops_of_step = count_tokens(batches, account, engine.device)
+        counts = count_tokens(batches, engine.device, *account.flops_of(batches))
+        task_labels, replay_labels, tokens_of_step, *flops_of_step = counts
         of_kl = recipe.train.kl_weight * gentler.pull / inputs.batches.replay_labels_of_step
         weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, of_kl)
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
@@ -271,15 +272,13 @@ def require_same(resumed: dict[str, Any], recipe: Recipe, batches: Batches) -> N
         )
 
 
-def count_tokens(batches: list[Batch], account: Account, device: Any) -> tuple[int, int, int, float, float]:
-    """(labels of task rows, of replay rows, tokens without padding, FLOPs needed, FLOPs run) of the global batch: all
-    micro-batches of all ranks."""
+def count_tokens(batches: list[Batch], device: Any, *more: float) -> tuple[int, ...]:
+    """(labels of task rows, of replay rows, tokens without padding, and what more is to be summed) of the global batch:
+    all micro-batches of all ranks."""
     labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     replay = sum(int((batch.labels[batch.replay] != IGNORE).sum()) for batch in batches)
     tokens = sum(batch.tokens for batch in batches)
-    counts = labels - replay, replay, tokens, *account.flops_of(batches, labels)
-    task_labels, replay_labels, all_tokens, *flops = sum_over_ranks(*counts, device=device)
-    return int(task_labels), int(replay_labels), int(all_tokens), flops[0], flops[1]
+    return tuple(int(count) for count in sum_over_ranks(labels - replay, replay, tokens, *more, device=device))
 
 
 def flops_of_model(meta: Any) -> tuple[Flops | None, str]:
