@@ -134,7 +134,7 @@ class Account:
 
     def _settle(self) -> None:
         """Add up what has been until now. The stream of a GPU is empty, or nearly so."""
-        self._borders.append((self._borders[-1][0], self._now()))
+        self._borders.append(("rest", self._now()))
         if self._on_gpu:
             self._borders[-1][1].synchronize()
         for (name, began), (_, ended) in zip(self._borders, self._borders[1:], strict=False):

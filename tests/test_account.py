@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import Launch, losses, metrics
 from ranks import Ranks
 from transformers import AutoModelForCausalLM
 
+from fullft.account import Account
 from fullft.errors import BadInput
-from fullft.flops import flops_of
+from fullft.flops import Flops, flops_of
 from fullft.preflight import preflight
 from fullft.recipe import identity, parse_recipe
 
@@ -52,8 +55,8 @@ def test_the_parts_of_a_step_sum_to_the_time_that_passed(recipe: dict[str, Any],
     for rank in (0, 1):
         walls = [json.loads(line) for line in (tmp_path / f"wall-{rank}").read_text().splitlines()]
         assert len(walls) == 5
-        for wall, seconds, _ in walls:  # by another clock, around the whole step
-            assert seconds == pytest.approx(wall, rel=0.02, abs=1e-3)
+        # By a clock around the whole steps: all of it is in some part.
+        assert sum(seconds for _, seconds, _ in walls) == pytest.approx(sum(wall for wall, *_ in walls), abs=0.1)
         assert {borders for *_, borders in walls} == {1}  # nothing piles up
     seen = [json.loads(line)[1] for line in (tmp_path / "wall-0").read_text().splitlines()]
     assert [row["time/step_seconds"] for row in rows[1:]] == pytest.approx(seen)
@@ -80,7 +83,7 @@ def test_a_slow_rank_is_communication_of_the_other(recipe: dict[str, Any]) -> No
     for row in metrics(recipe):
         if "time/step_seconds" in row:
             assert 0.9 * waited < row["time/communication_seconds"] < row["time/step_seconds"]
-            assert row["time/forward_seconds"] + row["time/backward_seconds"] < 0.3 * waited
+            assert row["time/forward_seconds"] + row["time/backward_seconds"] < 0.7 * waited
 
 
 @pytest.mark.ranks
@@ -114,6 +117,52 @@ def test_the_operations_of_a_step_are_those_of_its_documents(recipe: dict[str, A
         launch(recipe, ranks=ranks)
         row = metrics(recipe)[-1]
         assert row["perf/tflops_per_gpu"] * 1e12 * ranks * row["time/step_seconds"] == pytest.approx(expected)
+
+
+class Event:
+    """A CUDA event of a GPU whose clock goes on by 1 s from event to event."""
+
+    made = 0
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Event.made += 1
+
+    def record(self) -> None:
+        Event.now += 1
+        self.at = Event.now
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) * 1000
+
+
+def test_on_a_gpu_the_times_are_those_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic alone, since there is no GPU: intervals, waits within phases, and that events are used again."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    engine = SimpleNamespace(world_size=2, device="cuda:0", optimizer=None)
+    account = Account(engine, Flops(0, 1, {}, 0), 1.0, recomputes=False)
+    account.why_no_waits = ""
+    for _ in range(3):
+        account.phase("data", 1)
+        account.phase("forward")
+        account._begin_wait()
+        account._begin_wait()  # within it
+        account._end_wait()
+        account._end_wait()
+        account._begin_wait()
+        account._end_wait(False)  # there was nothing to wait for
+        account.phase("evaluation")
+        account.phase("backward")
+        account.phase("sums over ranks")
+        seconds = account.end_step(10, 4.0, 5.0)
+        row, made = account.row(), Event.made
+    assert [row[part] for part in PARTS] == [1, 3, 1, 0, 2, 1]  # the wait that was none took its begin
+    assert seconds == row["time/step_seconds"] == 8
+    assert (row["perf/tokens_per_second"], row["perf/mfu"], row["perf/hfu"]) == (10 / 8, 4 / 16, 5 / 16)
+    assert made == Event.made <= 12
 
 
 @pytest.mark.ranks
