@@ -63,7 +63,7 @@ class Account:
         self._depth, self._began = 0, None  # of waits in each other, and the begin of the outermost
         self._seconds: dict[str, float] = {}
         self.forget()
-        self.why_no_waits = self._listen(engine)  # why what is waited for is not measured; empty if it is
+        self.why_no_waits = self._listen(engine)  # a line for the log; empty if waits are measured
 
     def forget(self) -> None:
         """Begin anew here: what was since the last row is in none."""
@@ -172,7 +172,10 @@ class Account:
         lacking = [name for name in _REDUCTIONS if not hasattr(optimizer, name)]
         lacking += [] if hasattr(coordinator, _PROFILER) else [_PROFILER]
         if lacking:
-            return f"this version of DeepSpeed has no {' and '.join(lacking)}"
+            return (
+                "time/communication_seconds is not measured, it is in the other parts: this version of DeepSpeed has no "
+                + " and ".join(lacking)
+            )
         setattr(coordinator, _PROFILER, _Listener(self._begin_wait, self._end_wait))
         for name in _REDUCTIONS:
             setattr(optimizer, name, self._as_wait(getattr(optimizer, name)))

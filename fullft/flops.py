@@ -96,6 +96,18 @@ def flops_of(model: Any) -> Flops:
     return Flops(of_layers, of_head, per_pair, _not_recomputed(model, config))
 
 
+def flops_and_peak(model: Any, bf16: bool) -> tuple[Flops | None, float | None, str]:
+    """(operations of the model, FLOP/s of a GPU for it, a line on what of these is not known: empty if nothing)"""
+    try:
+        flops, peak = flops_of(model), peak_flops() if bf16 else None
+    except UnknownArchitectureError as error:
+        return None, None, f"no FLOP/s and MFU: it is not known of {type(model).__name__} {error}"
+    if peak is None and torch.cuda.is_available():
+        of = f"no peak is known of {torch.cuda.get_device_name()}" if bf16 else "the peaks known are those of bf16"
+        return flops, None, f"no MFU: {of}; perf/tflops_per_gpu is in every row"
+    return flops, peak, ""
+
+
 def _matrices(model: Any, config: Any) -> tuple[int, int]:
     """(operations of the layers' matrices for a token, of the head for a position)"""
     head, experts, active = model.get_output_embeddings(), *_experts(config)

@@ -27,7 +27,7 @@ from fullft.ends import (
 )
 from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, Preempted
-from fullft.flops import Flops, UnknownArchitectureError, flops_of, peak_flops
+from fullft.flops import flops_and_peak
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
@@ -72,13 +72,11 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     needs_base = recipe.train.kl_weight > 0 and step < inputs.total_steps
     kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if needs_base else None
 
-    flops, why_unknown = flops_of_model(inputs.meta)
-    if why_unknown:
-        tracker.say(why_unknown)
     profile = Profile(recipe, cluster, tracker.say)
-    account = Account(engine, flops, peak_flops(), recipe.train.activation_checkpointing, profile.phase)
-    if account.why_no_waits:
-        tracker.say(f"time/communication_seconds is not measured, it is in the other parts: {account.why_no_waits}")
+    flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
+    account = Account(engine, flops, peak, recipe.train.activation_checkpointing, profile.phase)
+    for lacking in filter(None, (unknown, account.why_no_waits)):
+        tracker.say(lacking)
 
     signals.enter("training")
     if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
@@ -279,14 +277,6 @@ def count_tokens(batches: list[Batch], device: Any, *more: float) -> tuple[int, 
     replay = sum(int((batch.labels[batch.replay] != IGNORE).sum()) for batch in batches)
     tokens = sum(batch.tokens for batch in batches)
     return tuple(int(count) for count in sum_over_ranks(labels - replay, replay, tokens, *more, device=device))
-
-
-def flops_of_model(meta: Any) -> tuple[Flops | None, str]:
-    """What the account of a step needs to know of the model, or why it is not known."""
-    try:
-        return flops_of(meta), ""
-    except UnknownArchitectureError as error:
-        return None, f"no FLOP/s and MFU: it is not known of {type(meta).__name__} {error}"
 
 
 def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_kl: bool) -> dict[str, float]:

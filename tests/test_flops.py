@@ -132,6 +132,9 @@ def test_an_unknown_architecture_has_no_count() -> None:
     )
     with pytest.raises(flops.UnknownArchitectureError):
         flops.flops_of(model)
+    found, _, line = flops.flops_and_peak(model, bf16=True)
+    assert found is None
+    assert "it is not known of MambaForCausalLM" in line
 
 
 @pytest.mark.parametrize(
@@ -147,3 +150,9 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch, name: str, peak: float | None) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     assert flops.peak_flops() == peak
+    llama = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+    line = flops.flops_and_peak(llama, bf16=True)[2]
+    assert bool(line) == (peak is None)
+    assert flops.flops_and_peak(llama, bf16=False)[1:] == (
+        None, "no MFU: the peaks known are those of bf16; perf/tflops_per_gpu is in every row"
+    )  # fmt: skip
