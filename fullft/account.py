@@ -172,10 +172,8 @@ class Account:
         lacking = [name for name in _REDUCTIONS if not hasattr(optimizer, name)]
         lacking += [] if hasattr(coordinator, _PROFILER) else [_PROFILER]
         if lacking:
-            return (
-                "time/communication_seconds is not measured, it is in the other parts: this version of DeepSpeed has no "
-                + " and ".join(lacking)
-            )
+            names = " and ".join(lacking)
+            return f"time/communication_seconds is not measured but in the other parts: DeepSpeed has no {names} here"
         setattr(coordinator, _PROFILER, _Listener(self._begin_wait, self._end_wait))
         for name in _REDUCTIONS:
             setattr(optimizer, name, self._as_wait(getattr(optimizer, name)))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from transformers.pytorch_utils import Conv1D
 
 # Dense bf16 TFLOP/s by torch.cuda.get_device_name(), the first name that is part of it. From the vendors' data sheets,
-# as stas00/ml-engineering (compute/accelerator, August 2026) collects them; half of what they give with sparsity.
+# half of what they give with sparsity; most stand in stas00/ml-engineering, compute/accelerator (August 2026).
 PEAK_TFLOPS = {
     "GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0,
     "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "MI300X": 1300.0,
