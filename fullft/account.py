@@ -51,7 +51,8 @@ class Account:
         Args:
             flops: of the model; None: unknown, and so perf/tflops_per_gpu.
             peak: FLOP/s of a GPU; None: unknown, and so perf/mfu.
-            recomputes: backward runs the forward pass of every layer again.
+            recomputes: backward runs the forward pass of every layer again. False if it does so in part: perf/hfu is
+                then a lower bound.
             trace: is told each phase that begins.
         """
         self._flops, self._peak, self._recomputes, self._trace = flops, peak, recomputes, trace
@@ -89,7 +90,7 @@ class Account:
             return 0.0, 0.0
         needed = run = 3 * self._flops.forward(0, sum(int((batch.labels != IGNORE).sum()) for batch in batches))
         for batch in batches:
-            all_lengths, lengths = document_lengths(batch.position_ids, batch.row_tokens)
+            all_lengths, lengths = document_lengths(batch.position_ids, batch.lengths)
             needed += 3 * self._flops.forward(batch.tokens, 0, lengths)
             run += 3 * self._flops.forward(batch.position_ids.numel(), 0, all_lengths)
             run += self._flops.recomputed(batch.position_ids.numel(), all_lengths) if self._recomputes else 0.0

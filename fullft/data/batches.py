@@ -29,10 +29,10 @@ class Batch:
     position_ids: torch.Tensor
     labels: torch.Tensor  # the next token, already shifted; IGNORE where there is no loss
     tokens: int  # without padding
+    lengths: tuple[int, ...]  # of whole rows, without padding
     replay: torch.Tensor  # [micro_batch] bool: the row is of a replay set (a row is of one set)
     sequences: tuple[tuple[int, int], ...]  # (set, sequence of it) of each row
     replay_on_a_rank: bool  # some rank has a replay row in this micro-step; the same on all
-    row_tokens: tuple[int, ...]  # of each row, without padding
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
@@ -193,7 +193,7 @@ class Batches:
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
         replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
-        return Batch(ids, positions, labels, sum(lengths), replay, tuple(chosen), bool(replay.any()), tuple(lengths))
+        return Batch(ids, positions, labels, sum(lengths), tuple(lengths), replay, tuple(chosen), bool(replay.any()))
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:
