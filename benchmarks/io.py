@@ -225,15 +225,15 @@ def _recipe(model: Path, work: Path) -> Any:
     })  # fmt: skip
 
 
-def _config(recipe: Any, model: Path, **more: Any) -> dict[str, Any]:
+def _config(recipe: Any, **more: Any) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from fullft import engine
+    from fullft import engine, model
 
-    hidden = json.loads((model / "config.json").read_text())["hidden_size"]
+    facts = model.facts(model.on_meta(recipe.model))
     plan = engine.geometry(recipe, dist.get_world_size())
-    config = engine.fill_config(engine.read_config(recipe), recipe, plan, hidden, torch.bfloat16) | more
+    config = engine.fill_config(engine.read_config(recipe), recipe, plan, facts, torch.bfloat16) | more
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return config
 
@@ -247,7 +247,7 @@ def load_fullft(model: Path, work: Path) -> dict[str, float]:
     from fullft.tokenizer import load_tokenizer
 
     recipe = _recipe(model, work)
-    config, tokenizer = _config(recipe, model), load_tokenizer(recipe.model)
+    config, tokenizer = _config(recipe), load_tokenizer(recipe.model)
     with Meter() as meter:
         loaded = models.load(recipe, config, tokenizer)
     return meter.result(shard_bytes=_shard_bytes(loaded))
@@ -258,7 +258,7 @@ def load_stock(model: Path, work: Path) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    config = _config(_recipe(model, work), model)
+    config = _config(_recipe(model, work))
     with Meter() as meter:
         handle = HfDeepSpeedConfig(config)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
@@ -272,7 +272,7 @@ def _engine(model: Path, work: Path, *, moments: bool, read: bool = True, **more
     from fullft.tokenizer import load_tokenizer
 
     recipe = _recipe(model, work)
-    config, tokenizer = _config(recipe, model, **more), load_tokenizer(recipe.model)
+    config, tokenizer = _config(recipe, **more), load_tokenizer(recipe.model)
     loaded = models.load(recipe, config, tokenizer, read=read)
     started = engine.start(loaded, optim.build_optimizer(loaded, recipe.train, offload=False), config)
     if moments:

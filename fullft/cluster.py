@@ -34,6 +34,7 @@ class Cluster:
     master_addr: str
     master_port: int
     launcher: str  # deepspeed | torchrun | srun | mpirun | python
+    ranks_per_node: int | None = None  # on this node; None: the launcher does not tell, or they differ
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +73,7 @@ def discover(environment: Mapping[str, str] | None = None) -> Cluster:
         )
     else:
         port = _number(env, "MASTER_PORT", _free_port())
-        cluster = Cluster(0, 1, 0, "127.0.0.1", port, "python")
+        cluster = Cluster(0, 1, 0, "127.0.0.1", port, "python", 1)
     if not 0 <= cluster.rank < cluster.world_size:
         rank, size = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if cluster.launcher == "srun" else ("RANK", "WORLD_SIZE")
         raise BadInput(f"{rank}={cluster.rank} and {size}={cluster.world_size}: must be 0 <= {rank} < {size}")
@@ -92,7 +93,8 @@ def _from_torch(env: Mapping[str, str]) -> Cluster:
         # Leftover RANK/WORLD_SIZE of a shell make every process rank 0 of 1, each training alone into the same folder.
         if size is not None and size > 1 and world == 1:
             raise BadInput(f"{name} started {size} processes, but WORLD_SIZE=1 is set: unset RANK and WORLD_SIZE first")
-    return Cluster(rank, world, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), launcher)
+    per_node = next((_number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
+    return Cluster(rank, world, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), launcher, per_node)
 
 
 def _from_slurm(env: Mapping[str, str]) -> Cluster:
@@ -104,7 +106,10 @@ def _from_slurm(env: Mapping[str, str]) -> Cluster:
         )
     # Same port on all ranks without talking: from the job and step number, outside the usual ephemeral range.
     default_port = 15000 + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % 15000
-    return Cluster(rank, world, local, address, _number(env, "MASTER_PORT", default_port), "srun")
+    # `8`, `8(x2)`: the same on all nodes; `8,4` is not.
+    tasks = re.fullmatch(r"(\d+)(\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    per_node = int(tasks[1]) if tasks else None
+    return Cluster(rank, world, local, address, _number(env, "MASTER_PORT", default_port), "srun", per_node)
 
 
 def _from_mpi(env: Mapping[str, str]) -> Cluster:
@@ -119,12 +124,13 @@ def _from_mpi(env: Mapping[str, str]) -> Cluster:
             f"mpirun started {started} processes, but mpi4py sees {size}: it has loaded another MPI library than that "
             "of mpirun (python -c 'from mpi4py import MPI; print(MPI.Get_library_version())')"
         )
-    local_rank = world.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank, per_node = node.Get_rank(), node.Get_size()
     hosts = world.allgather(socket.gethostname())
     address, port = world.bcast((_address_towards(hosts), _free_port()) if rank == 0 else None, root=0)
     # MPI has told all that we need. Left open, its finalisation at exit waits for ranks that have died.
     MPI.Finalize()
-    return Cluster(rank, size, local_rank, address, port, "mpirun")
+    return Cluster(rank, size, local_rank, address, port, "mpirun", per_node)
 
 
 def _mpi_size(env: Mapping[str, str]) -> int | None:

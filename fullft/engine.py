@@ -12,6 +12,7 @@ import torch
 
 from fullft.data.batches import Geometry
 from fullft.errors import BadInput
+from fullft.model import Facts
 from fullft.recipe import Recipe
 
 _PACKAGE = Path(__file__).parent  # its ds_configs is that of the repository: a link here, files in a wheel
@@ -74,15 +75,11 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def fill_config(
-    config: dict[str, Any], recipe: Recipe, plan: Geometry, hidden_size: int, precision: torch.dtype
+    config: dict[str, Any], recipe: Recipe, plan: Geometry, facts: Facts, precision: torch.dtype
 ) -> dict[str, Any]:
     """The configuration with every `auto` value filled, and with the keys whose defaults would change the numbers."""
     zero = dict(config["zero_optimization"])
-    automatic = {
-        "reduce_bucket_size": hidden_size * hidden_size,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }  # the rules of transformers' Trainer
+    automatic = sizes_for(facts, plan.world_size)
     zero |= {key: value for key, value in automatic.items() if zero.get(key) == "auto"}
     bf16 = precision == torch.bfloat16
     if bf16 and plan.accumulation > 1:
@@ -102,6 +99,68 @@ def fill_config(
         "managed_gradient_accumulation": False,
         "steps_per_print": 2**31,
     }
+
+
+# Elements. In bf16 a budget is 2 GB, a bucket at least 0.2 GB and at most 1 GB, and a rank's part of it 1 MB.
+_LIVE_BUDGET, _LEAST_BUCKET, _LARGEST_BUCKET, _BUCKET_OF_RANK = 10**9, 10**8, 5 * 10**8, 5 * 10**5
+
+
+def sizes_for(facts: Facts, world_size: int) -> dict[str, int]:
+    """ZeRO-3's sizes, in elements, from those of the model. ds_configs/README.md has the arithmetic.
+
+    - prefetch: one decoder layer, so that the next is gathered while this one computes, 2 bytes · layer in bf16 and as
+      much again while it is copied out of the buffer; at most the budget.
+    - max_live, which limits prefetching and nothing else: two layers, the one that computes and the next, and
+      embedding and head, which are gathered at the ends of forward; at least the budget.
+    - reuse distance: two layers, so that what checkpointing recomputes stays gathered for its own backward; at least
+      the budget, by which a model below half of it is gathered once a micro-batch instead of twice.
+    - persistence: norms and biases stay whole on every rank, matrices never do.
+    - reduce bucket: half a layer, at least 1e8, so that two reductions overlap the layer's backward; and such that each
+      of W ranks receives 1 MB of it, below which latency decides and not bandwidth. At most 5e8, and at most the
+      model: DeepSpeed allocates it at once.
+    - sub-group: of a rank's parameters that the optimizer updates at a time, 6 bytes of temporaries for each.
+    """
+    layer = facts.largest_layer
+    bucket = max(layer // 2, _LEAST_BUCKET, world_size * _BUCKET_OF_RANK)
+    return {
+        "stage3_prefetch_bucket_size": min(layer, _LIVE_BUDGET),
+        "stage3_max_live_parameters": max(2 * layer + facts.vocabulary_parameters, _LIVE_BUDGET),
+        "stage3_max_reuse_distance": max(2 * layer, _LIVE_BUDGET),
+        "stage3_param_persistence_threshold": min(facts.largest_vector, facts.smallest_matrix - 1),
+        "reduce_bucket_size": min(bucket, _LARGEST_BUCKET, facts.parameters),
+        "sub_group_size": 10**8,
+    }
+
+
+def fit_to_nodes(
+    config: dict[str, Any], recipe: Recipe, world_size: int, ranks_per_node: int | None, on_gpu: bool
+) -> dict[str, Any]:
+    """The configuration with hpZ's `auto` filled: the ranks of a node, over which a second copy of the weights is kept
+    for backward. 1, which is without, where that is no use: on one node, or with one rank a node; and where the ranks
+    of a node are not known, as where a run is only checked.
+
+    Raises:
+        BadInput: something of ZeRO++ in it cannot be run.
+    """
+    zero, problems = dict(config["zero_optimization"]), []
+    if zero.get("zero_hpz_partition_size") == "auto":
+        per_node = ranks_per_node or 1
+        zero["zero_hpz_partition_size"] = per_node if per_node < world_size else 1
+    size = zero.get("zero_hpz_partition_size", 1)
+    if type(size) is not int or size < 1 or world_size % size:
+        problems.append(
+            f"deepspeed: {recipe.deepspeed} has zero_hpz_partition_size {size!r}, which must be a number of ranks that "
+            f"divides the {world_size} of this run: those of a node (auto), and the same on every node"
+        )
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if quantized and not on_gpu:
+        problems.append(
+            f"deepspeed: {recipe.deepspeed} has {' and '.join(quantized)}, whose kernels are for GPUs only; use "
+            "ds_configs/zero3.json here"
+        )
+    if problems:
+        raise BadInput(problems)
+    return config | {"zero_optimization": zero}
 
 
 def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from fullft.attention import Heads, try_layers, use_best_kernel
 from fullft.documents import VARLEN, Documents, documents_arguments
 from fullft.errors import BadInput
+from fullft.optim import layer_of
 from fullft.recipe import Model, Recipe
 from fullft.shards import make_empty_shards, own_part, why_not_by_shards
 from fullft.tiles import tile_mlps
@@ -44,6 +45,10 @@ class Facts:
     hidden_size: int
     vocabulary_size: int
     layers: int
+    largest_layer: int  # elements of all parameters of a decoder layer
+    vocabulary_parameters: int  # elements of embedding and head, once if tied
+    largest_vector: int  # elements of the largest norm or bias
+    smallest_matrix: int
 
 
 def device() -> str:
@@ -184,10 +189,19 @@ def facts(model: PreTrainedModel) -> Facts:
     """Sizes of a model; shapes are enough."""
     sizes = [math.prod(parameter.shape) for parameter in model.parameters()]
     config = model.config.get_text_config()
+    layers: dict[int, int] = {}
+    for name, layer in layer_of(model).items():
+        layers[layer] = layers.get(layer, 0) + model.get_parameter(name).numel()
+    of_vocabulary = {name: model.get_parameter(name) for name in vocabulary_parameters(model)}
     return Facts(
         architecture=type(model).__name__, parameters=sum(sizes), largest_parameter=max(sizes),
         hidden_size=int(config.hidden_size), vocabulary_size=int(config.vocab_size),
         layers=int(config.num_hidden_layers),
+        # Where the layers are not found: as if they were all of the model.
+        largest_layer=max(layers.values(), default=sum(sizes) // max(1, int(config.num_hidden_layers))),
+        vocabulary_parameters=sum(one.numel() for one in {id(one): one for one in of_vocabulary.values()}.values()),
+        largest_vector=max((one.numel() for one in model.parameters() if one.ndim < 2), default=0),
+        smallest_matrix=min(one.numel() for one in model.parameters() if one.ndim > 1),
     )  # fmt: skip
 
 

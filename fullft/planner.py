@@ -11,13 +11,22 @@ from fullft.recipe import Recipe
 GIB = 2**30
 
 
-def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: bool, accumulation: int) -> dict[str, Any]:
+def plan(
+    recipe: Recipe,
+    facts: Facts,
+    world_size: int,
+    bf16: bool,
+    offload: bool,
+    accumulation: int,
+    node_partition: int = 1,
+) -> dict[str, Any]:
     """Bytes of one rank's training state (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
 
     bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
     18 with gradient accumulation, which is done in fp32. fp32: 4 + 4 + 4 (DeepSpeed keeps a second copy) + 8 = 20.
     The base weights of train.l2_pull are 2 (4) more, the average of train.ema_decay is 4, a reference
-    model of train.kl_weight 2 (4). Activations and buffers come on top.
+    model of train.kl_weight 2 (4), and the second copy of hpZ 2 (4), divided by the ranks of `node_partition` alone.
+    Activations and buffers come on top.
     """
     shard = math.ceil(facts.parameters / world_size)
     low = 2 if bf16 else 4
@@ -31,6 +40,8 @@ def plan(recipe: Recipe, facts: Facts, world_size: int, bf16: bool, offload: boo
     if train.kl_weight and train.kl_reference == "model":
         state["reference_model"] = low
     state = {name: size * shard for name, size in state.items()}
+    if node_partition > 1:
+        state["second_copy_of_weights"] = low * math.ceil(facts.parameters / node_partition)
     on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
     on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
     on_host += ("reference_model",) if train.kl_reference_offload else ()

@@ -49,7 +49,7 @@ class Inputs:
     attention: model.Attention
 
 
-def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> Inputs:
+def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks_per_node: int | None = None) -> Inputs:
     """Check recipe, files, model, data and run folder against each other, and tokenize the data if the cache lacks it.
 
     Raises:
@@ -57,7 +57,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     """
     problems = Problems()
     attempt = problems.attempt
+    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
     config = attempt(engine.read_config, recipe)
+    config = config and attempt(engine.fit_to_nodes, config, recipe, world_size, ranks_per_node, gpus)
     geometry = attempt(engine.geometry, recipe, world_size)
     attempt(check_run_folder, recipe)
     if recipe.export.push_to_hub:
@@ -88,7 +90,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     facts = model.facts(meta)
     precision = model.precision(recipe, on_gpu)
     offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
-    planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
+    of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
     problems += _room_problems(recipe, planned)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
@@ -110,15 +113,16 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
         if no_room := _room_problems(recipe, planned):
             raise BadInput(no_room)
+    if recipe.train.profile and recipe.train.profile[1] > total:
+        raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
     suite.plan(total)
-    filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
+    filled = engine.fill_config(config, recipe, geometry, facts, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
         "micro_batch_size": geometry.micro_batch_size,
     }  # fmt: skip
     seen = batches.mixture.seen(total * recipe.train.global_batch_size)
     trained = sum(epochs * one.summary["tokens"] for one, epochs in zip(sets, seen, strict=True))
-    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
     divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
     sizes = total, facts.parameters, world_size, gpus, divergence.tokens
     refused, slow = too_long(recipe, suite.tasks, trained, *sizes)
@@ -341,6 +345,5 @@ def preflight_evaluation(recipe: Recipe, world_size: int) -> Measured:
     if problems or suite is None:
         raise BadInput(problems)
     geometry = Geometry(world_size, 1, 1, world_size, recipe.train.seed)
-    hidden = model.facts(meta).hidden_size
-    filled = engine.fill_config(config, recipe, geometry, hidden, model.precision(recipe))
+    filled = engine.fill_config(config, recipe, geometry, model.facts(meta), model.precision(recipe))
     return Measured(tokenizer, suite, filled, meta, weights.reason)

@@ -231,6 +231,10 @@ class Train(Section):
     activation_checkpointing: bool = Field(
         False, description="recompute activations in backward: less memory, 25 % slower"
     )
+    profile: tuple[int, int] | None = Field(
+        None, description="optimizer steps [first, last] over which torch's profiler traces rank 0 of each node, into "
+        "profile/ of the run folder; at most 20, since a trace is held in memory; from the third on they are typical"
+    )  # fmt: skip
     seed: int = Field(42, ge=0)
     timeout_minutes: float = Field(
         30, gt=0, description="a collective that waits longer ends the run; keep it above hang_timeout, which says why"
@@ -246,6 +250,12 @@ class Train(Section):
         problems = []
         if self.steps is not None and self.epochs is not None:
             problems.append("give train.steps or train.epochs, not both")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            problems.append(
+                f"profile {list(self.profile)}: give the first and the last optimizer step, counted from 1, e.g. [5, 7]"
+            )
+        elif self.profile is not None and self.profile[1] - self.profile[0] >= 20:
+            problems.append(f"profile {list(self.profile)}: at most 20 steps, a trace is held in memory")
         if self.min_learning_rate > self.learning_rate:
             problems.append(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
         if self.learning_rate * self.l2_pull > 1:
@@ -498,7 +508,7 @@ class Recipe(Section):
 # What decides the optimisation steps or the numbers that are compared. The rest may change when a run is resumed.
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
-    "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "model.attention",
+    "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "train.profile", "model.attention",
     "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",

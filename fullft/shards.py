@@ -204,6 +204,7 @@ def refresh_model_from_optimizer(engine: Any, state: str = "weight") -> None:
     """
     for _, parameter in engine.module.named_parameters():
         parameter.ds_tensor.copy_(_shard(engine, parameter, state))
+    engine.optimizer.invalidate_secondary_tensor()  # hpZ would go on gathering its copy of the weights of before
     gather_resident(engine)
 
 

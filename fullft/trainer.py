@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from fullft import checkpoint, lease, model, signals, watchdog
+from fullft.account import Account
 from fullft.attention import form_groups
 from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
 from fullft.data.batches import Batch, Batches
@@ -27,9 +28,11 @@ from fullft.ends import (
 )
 from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, Preempted
+from fullft.flops import flops_and_peak
 from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
+from fullft.profiling import Profile
 from fullft.recipe import Recipe, differences, identity
 from fullft.report.summary import score, summary_lines
 from fullft.retention import divergence, rollback
@@ -70,25 +73,33 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     needs_base = recipe.train.kl_weight > 0 and step < inputs.total_steps
     kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if needs_base else None
 
+    profile = Profile(recipe, cluster, tracker.say)
+    flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
+    account = Account(engine, flops, peak, recipe.train.activation_checkpointing, profile.phase)
+    for lacking in filter(None, (unknown, account.why_no_waits)):
+        tracker.say(lacking)
+
     signals.enter("training")
     if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
         start_optimizer(engine)
         saver.copy()
         saver.write(checkpoint_state(recipe, cluster, inputs, 0, 0))  # what there is to go back to at first
+    account.forget()
     while step < inputs.total_steps:
-        started = time.perf_counter()
+        profile.before(step + 1)
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
-        watchdog.mark("data", step + 1)
+        account.phase("data", step + 1)
         batches = list(inputs.batches.of_step(step, cluster.rank))
-        watchdog.mark("token count")
+        account.phase("token count")
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
-        task_labels, replay_labels, tokens_of_step = count_tokens(batches, engine.device)
+        counts = count_tokens(batches, engine.device, *account.flops_of(batches))
+        task_labels, replay_labels, tokens_of_step, *flops_of_step = counts
         of_kl = recipe.train.kl_weight * gentler.pull / inputs.batches.replay_labels_of_step
         weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, of_kl)
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
         for batch in (batch.to(engine.device) for batch in batches):
-            watchdog.mark("forward and backward")
+            account.phase("forward")
             # 1. Forward pass
             logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents)
             # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
@@ -97,16 +108,18 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             loss = weights.loss(nats, kl, batch.replay)
             sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
+            account.phase("backward")
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
         # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite),
         #    and with it the pull to the base weights and the moving average, if the recipe asks for them
-        watchdog.mark("update")
+        account.phase("update")
         rate = learning_rate(step, inputs.total_steps, recipe.train) * gentler.learning_rate
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         engine.step()
 
+        account.phase("sums over ranks")
         *sums_of_step, signalled = sum_over_ranks(*sums.tolist(), bool(signals.name()), device=engine.device)
         loss_of_step = sums_of_step[0] * weights.task + sums_of_step[1] * weights.replay
         grad_norm = float(engine.get_global_grad_norm())
@@ -116,19 +129,20 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         step += 1
         tokens_seen += tokens_of_step
 
-        seconds = time.perf_counter() - started
+        seconds = account.end_step(tokens_of_step, *flops_of_step)
+        account.phase("logging")
         row = {
             "train/global_step": step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
             "train/learning_rate": rate, "train/epoch": inputs.batches.epochs(step), "train/tokens": tokens_seen,
-            "train/trained_tokens_of_step": task_labels + replay_labels, "time/step_seconds": seconds,
-            "perf/tokens_per_second": tokens_of_step / seconds,
-            "perf/tokens_per_second_per_gpu": tokens_of_step / seconds / cluster.world_size,
+            "train/trained_tokens_of_step": task_labels + replay_labels,
         } | losses_by_kind(sums_of_step, task_labels, replay_labels, kl_of_replay is not None)  # fmt: skip
         row |= memory_metrics() | inputs.batches.account(step - 1)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
         stopping = signals.heed(signalled)  # the same on all ranks
         to_evaluate = bool(inputs.suite.tasks) and inputs.suite.budget.is_due(step, seconds)
+        if to_evaluate and not stopping:
+            account.phase("evaluation")
         evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
         abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
         stopping |= abandoned
@@ -137,25 +151,31 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         to_save |= saver.keep_good and evaluation is not None and evaluation.is_fine
         to_save &= verdict != "rollback"
         if to_save:
-            watchdog.mark("checkpoint")
+            account.phase("checkpoint")
             saver.copy()
         is_logged = bool(evaluation) or is_due(step, recipe.tracking.every_steps, inputs.total_steps)
         if pull is not None and is_logged:
             row["train/l2_distance"] = pull.distance()
+        account.phase("logging")
+        if is_logged or abandoned:
+            row |= account.row()
         if is_logged and not abandoned:
             tracker.log(step, row | (evaluation.metrics if evaluation else {}) | saver.metrics(), show)
         if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
+            account.phase("checkpoint")
             state = checkpoint_state(recipe, cluster, inputs, step, tokens_seen)
             saver.write(state | {"rollbacks": gentler.rollbacks, "unevaluated": row if abandoned else None})
         if evaluation and verdict == "stop":
             stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
         if evaluation and verdict == "rollback":
             step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
+            account.forget()
         if stopping:
             saver.wait()
             require_progress(recipe, cluster, tracker, saver, step)
             leave_for_requeue(recipe, cluster, tracker, saver.saved_step)
 
+    profile.end(step)
     saver.wait()
     finish(recipe, cluster, inputs, engine, tracker)
 
@@ -252,14 +272,13 @@ def require_same(resumed: dict[str, Any], recipe: Recipe, batches: Batches) -> N
         )
 
 
-def count_tokens(batches: list[Batch], device: Any) -> tuple[int, int, int]:
-    """(labels of task rows, of replay rows, tokens without padding) of the global batch: all micro-batches of all
-    ranks."""
+def count_tokens(batches: list[Batch], device: Any, *more: float) -> tuple[int, ...]:
+    """(labels of task rows, of replay rows, tokens without padding, and what more is to be summed) of the global batch:
+    all micro-batches of all ranks."""
     labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
     replay = sum(int((batch.labels[batch.replay] != IGNORE).sum()) for batch in batches)
     tokens = sum(batch.tokens for batch in batches)
-    task_labels, replay_labels, all_tokens = sum_over_ranks(labels - replay, replay, tokens, device=device)
-    return int(task_labels), int(replay_labels), int(all_tokens)
+    return tuple(int(count) for count in sum_over_ranks(labels - replay, replay, tokens, *more, device=device))
 
 
 def losses_by_kind(sums: list[float], task_labels: int, replay_labels: int, has_kl: bool) -> dict[str, float]:

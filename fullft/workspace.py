@@ -24,6 +24,8 @@ CHARTS = {
     },
     "Machine": {
         "tokens a second": "perf/tokens_per_second.*", "step time": "time/step_seconds",
+        "where the time of a step goes": "time/(data|forward|backward|optimizer|communication|rest)_seconds",
+        "share of the peak FLOP/s": "perf/[mh]fu", "TFLOP/s of a GPU": "perf/tflops_per_gpu",
         "memory": "(memory|system)/.*gib", "waiting for checkpoints": "time/checkpoint.*",
     },
 }  # fmt: skip

@@ -60,7 +60,7 @@ def main() -> int:
             if me.is_main:
                 print(f"fullft: this run was stopped by retention.gate at {why}", file=sys.stderr, flush=True)
             return EXIT_GATE
-        inputs = preflight(recipe, me.world_size)
+        inputs = preflight(recipe, me.world_size, ranks_per_node=me.ranks_per_node)
         files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
         signals.enter("loading")

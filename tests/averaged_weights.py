@@ -27,9 +27,9 @@ def main() -> None:
     cluster.join(me, 5)
     tokenizer = load_tokenizer(recipe.model)
     meta = model.on_meta(recipe.model, tokenizer)
-    hidden = model.facts(meta).hidden_size
+    facts = model.facts(meta)
     plan, precision = engine.geometry(recipe, me.world_size), model.precision(recipe)
-    config = engine.fill_config(engine.read_config(recipe), recipe, plan, hidden, precision)
+    config = engine.fill_config(engine.read_config(recipe), recipe, plan, facts, precision)
     loaded = model.load(recipe, config, tokenizer)
     running = engine.start(loaded, build_optimizer(loaded, recipe.train, offload=False), config)
     new_rows = model.new_rows(recipe, meta, config, tokenizer)

@@ -20,9 +20,9 @@ def main() -> None:
     cluster.join(me, 5)
     tokenizer = load_tokenizer(recipe.model)
     precision = model.precision(recipe)
-    hidden = model.facts(model.on_meta(recipe.model)).hidden_size
+    facts = model.facts(model.on_meta(recipe.model))
     config = engine.read_config(recipe)
-    config = engine.fill_config(config, recipe, engine.geometry(recipe, me.world_size), hidden, precision)
+    config = engine.fill_config(config, recipe, engine.geometry(recipe, me.world_size), facts, precision)
     loaded = model.load(recipe, config, tokenizer)
     whole = {}
     for name, parameter in loaded.named_parameters(remove_duplicate=False):

@@ -60,7 +60,7 @@ for path in sys.argv[1:]:
     tokenizer = load_tokenizer(recipe.model)
     meta = model.on_meta(recipe.model, tokenizer)
     geometry = engine.geometry(recipe, me.world_size)
-    config = engine.fill_config(engine.read_config(recipe), recipe, geometry, 32, torch.float32)
+    config = engine.fill_config(engine.read_config(recipe), recipe, geometry, model.facts(meta), torch.float32)
     loaded = model.load(recipe, config, tokenizer)
     started = engine.start(loaded, build_optimizer(loaded, recipe.train, False), config)
     generator = torch.Generator().manual_seed(1)
