@@ -26,7 +26,8 @@ from fullft.ends import (
 )
 from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, Preempted
-from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
+from fullft.head import Head
+from fullft.loss import IGNORE, LabelWeights
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.recipe import Recipe, differences, identity
@@ -53,6 +54,9 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     """
     engine, step, tokens_seen, unevaluated, tracker, saver, pull = set_up(recipe, cluster, inputs)
     gentler = know_rollbacks(recipe, pull)
+    head = Head(engine)
+    if head.why_not:
+        tracker.say(f"WARNING: the loss takes logits of all labels at once, and so more memory: {head.why_not}")
     if inputs.suite.tasks and unevaluated is not None:
         if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
             leave_for_requeue(recipe, cluster, tracker, step)
@@ -88,13 +92,10 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
         for batch in (batch.to(engine.device) for batch in batches):
             watchdog.mark("forward and backward")
-            # 1. Forward pass
-            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
-            nats = token_cross_entropy(logits, labels)
-            kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
-            loss = weights.loss(nats, kl, batch.replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
+            # 1. Forward pass, whose last module is the loss: the head makes logits of some positions at a time, of them
+            # 2. Token cross-entropy and, of replay rows, divergence from the base model; nats and kl: sums of each row
+            loss, nats, kl = head.loss(batch, weights, kl_of_replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()])
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
 
