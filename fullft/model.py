@@ -195,8 +195,6 @@ def load(
     for name, parameter in model.named_parameters():
         if parameter.ds_tensor.dtype != dtype:
             raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
-    if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 
