@@ -125,7 +125,7 @@ def choose_checkpointing(
     if (chosen := recipe.train.activation_checkpointing) != "auto":
         return chosen, f"{chosen}, as the recipe says"
     if memory is None:
-        return "none", "none (auto, no GPU)"
+        return "none", "none (auto: by the memory of GPUs, of which there are none here)"
     if not able:
         return "none", "none (auto; the architecture has no other)"
     # Logits: as much as head.WORKSPACE_BYTES, and the gradient of the head in fp32.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft import activations, engine, model, planner
+from fullft import activations, engine, kernels, model, planner
 from fullft.checkpoint import newest
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
@@ -81,7 +81,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     precision = model.precision(recipe, on_gpu)
     offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation)
+    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
     problems += _room_problems(recipe, planned) + activations.problems(recipe, meta)
+    problems += kernels.problems(recipe, meta.config.model_type, gpus)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
@@ -103,12 +105,12 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
         if no_room := _room_problems(recipe, planned):
             raise BadInput(no_room)
     suite.plan(total)
-    gpu_here = torch.cuda.is_available() and on_gpu is not False
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu_here else None
+    memory = torch.cuda.get_device_properties(0).total_memory if gpus and torch.cuda.is_available() else None
     able = meta.supports_gradient_checkpointing
     planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
         recipe, planned, planner.layer_of(meta.config), bf16, memory, able
     )
+    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config.model_type, gpus)
     filled = engine.fill_config(config, recipe, geometry, facts.hidden_size, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -116,7 +118,6 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None) -> In
     }  # fmt: skip
     seen = batches.mixture.seen(total * recipe.train.global_batch_size)
     trained = sum(epochs * one.summary["tokens"] for one, epochs in zip(sets, seen, strict=True))
-    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
     divergence = Divergence(recipe, batches, total, suite.tasks, meta, filled, tokenizer)
     sizes = total, facts.parameters, world_size, gpus, divergence.tokens
     refused, slow = too_long(recipe, suite.tasks, trained, *sizes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fullft import activations, checkpoint, lease, model, signals, watchdog
+from fullft import activations, checkpoint, kernels, lease, model, signals, watchdog
 from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
 from fullft.data.batches import Batch, Batches
 from fullft.ends import (
@@ -196,7 +196,9 @@ def set_up(
     # The pull needs the base weights; else a checkpoint has all that is needed.
     read = not resumes[0] or recipe.train.l2_pull > 0
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
-    activations.enable(loaded, on_all(lambda: inputs.plan["activation_checkpointing"]))
+    chosen, checkpointing = on_all(lambda: (inputs.plan["kernels"], inputs.plan["activation_checkpointing"]))
+    kernels.apply(loaded, chosen, checkpointing)
+    activations.enable(loaded, checkpointing)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
@@ -412,7 +414,8 @@ def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: i
         *(f"data   {line}" for line in inputs.batches.describe(inputs.total_steps)),
         f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
         f"{plan['gradient_accumulation_steps']} × {cluster.world_size} ranks; {inputs.total_steps} steps",
-        f"memory activation checkpointing {plan['activation_checkpointing_why']}",
+        f"speed  kernels: {plan['kernels_why']}",
+        f"memory activation checkpointing: {plan['activation_checkpointing_why']}",
         f"run    {recipe.run_folder}",
         *(f"warning: {warning}" for warning in inputs.warnings),
     ]

@@ -32,7 +32,7 @@ def test_training_is_the_same_in_every_mode(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for name, modes in json.loads((tmp_path / "out.json").read_text()).items():
         assert abs(modes["none"]["moved"]) > 1e-4, name
-        assert modes["full"]["kept"] < modes["selective"]["kept"] < modes["none"]["kept"], name
+        assert modes["full"]["kept"] < modes["none"]["kept"], name
         for mode, found in modes.items():
             assert found["loss"] < 1e-6, (name, mode, found)
             assert found["weights"] < 1e-6, (name, mode, found)
