@@ -19,7 +19,9 @@ import torch
 from fullft.data.batches import Batch
 from fullft.loss import IGNORE, LabelWeights, cross_entropy, forward, labelled_logits, positions_with_label
 
-WORKSPACE_BYTES = 2 << 30  # of the logits of a chunk
+# Of the logits of a chunk. The gradient of the weight is read and written once a chunk, so on GPUs, which are waiting
+# for memory, chunks are large; on CPUs small ones stay in memory that the process has already.
+WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
 _BYTES_OF_LOGIT = 14  # in bf16 2, of its gradient 2; in fp32 4 each: log-softmax, its gradient, the logit's
 
 # The KL divergence from the base at labelled positions of a batch, from their logits and the number of the first.
@@ -172,7 +174,7 @@ class _Loss(torch.autograd.Function):
         divergence: Divergence | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         count, (vocabulary, _) = len(hidden), weight.shape
-        size = max(1, WORKSPACE_BYTES // (_BYTES_OF_LOGIT * vocabulary))
+        size = max(1, WORKSPACE_BYTES.get(weight.device.type, 1 << 30) // (_BYTES_OF_LOGIT * vocabulary))
         summed_in = weight.dtype if count <= size else torch.float32
         of_weight = torch.zeros(weight.shape, dtype=summed_in, device=weight.device)
         of_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
@@ -217,7 +219,7 @@ def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden: torch.Ten
     elif total.is_cuda:  # the product is never rounded to 16 bits
         torch.addmm(total, of_logits.t(), hidden, out_dtype=total.dtype, out=total)
     else:
-        total += torch.mm(of_logits.t(), hidden)
+        total.addmm_(of_logits.t().float(), hidden.float())
 
 
 @contextlib.contextmanager

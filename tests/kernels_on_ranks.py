@@ -42,7 +42,7 @@ def mend_interpreter() -> None:
         return tl.tensor(handle, tl.float32)
 
     interpreter._implicit_cvt = convert
-    liger_kernel.ops.rms_norm.rsqrt = tl.math.rsqrt
+    liger_kernel.ops.rms_norm.rsqrt = lambda x: tl.math.rsqrt(x)  # which is another one while a kernel runs
 
 
 def run(config: PretrainedConfig, chosen: str, checkpointing: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def reference(model: Any, base: Any, batch: Batch, divergence: str) -> torch.Ten
 
 
 def case(name: str) -> dict[str, float]:
-    config, dtype, head.WORKSPACE_BYTES, divergence = CASES[name]
+    config, dtype, head.WORKSPACE_BYTES["cpu"], divergence = CASES[name]
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config).train()
