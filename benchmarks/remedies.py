@@ -128,12 +128,12 @@ def on_rank(folder: Path, rounds: int) -> None:
 
 def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: Path, me: Any) -> Any:
     """A function that makes the step of a number, as `trainer.train` does."""
-    import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     from fullft import lease, model
     from fullft.engine import offloads_optimizer, start
-    from fullft.loss import LabelWeights, labelled_logits, token_cross_entropy
+    from fullft.head import Head
+    from fullft.loss import LabelWeights
     from fullft.optim import build_optimizer
     from fullft.preflight import preflight
     from fullft.recipe import parse_recipe
@@ -148,7 +148,7 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     optimizer = build_optimizer(loaded, own.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
     pull = attach(engine, own.train, {})
-    divergence = None
+    head, divergence = Head(engine), None
     if own.train.kl_weight:
         if me.is_main:
             lease.take(own.run_folder, 60)
@@ -161,10 +161,8 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
         of_kl = own.train.kl_weight / inputs.batches.replay_labels_of_step
         weights = LabelWeights.of_step(task, replay, inputs.batches.replay_label_weight, of_kl)
         for batch in (batch.to(engine.device) for batch in batches):
-            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-            nats = token_cross_entropy(logits, labels)
-            kl = divergence(logits, labels, batch) if divergence else torch.zeros_like(nats)
-            engine.backward(weights.loss(nats, kl, batch.replay) * me.world_size, scale_wrt_gas=False)
+            loss, _, _ = head.loss(batch, weights, divergence)
+            engine.backward(loss * me.world_size, scale_wrt_gas=False)
         for group in engine.optimizer.param_groups:
             group["lr"] = own.train.learning_rate * group["lr_scale"]
         engine.step()

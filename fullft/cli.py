@@ -191,6 +191,7 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
         print(f"data     {line}")
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
+    print(f"         activation checkpointing: {plan['activation_checkpointing_why']}")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
     for line in smallest_drops(inputs.suite):
         print(f"measures {line}")

@@ -13,6 +13,31 @@ from fullft.documents import Documents, documents_arguments
 IGNORE = -100  # label of a position without loss, as everywhere in PyTorch
 
 
+def positions_with_label(labels: torch.Tensor) -> torch.Tensor:
+    """Positions at which some row has a label, [kept] int64 of labels [batch, sequence].
+
+    `kept` ≥ 1 even when nothing has a label, so that every rank runs the same modules: under ZeRO-3 each of them is a
+    collective.
+    """
+    kept = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
+    return kept if kept.numel() else torch.zeros(1, dtype=torch.int64, device=labels.device)
+
+
+def forward(
+    model: Any,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    kept: torch.Tensor,
+    documents: Documents | None = None,
+) -> Any:
+    """Forward pass: what the head gives at the positions `kept`; logits [batch, kept, vocabulary]."""
+    # No attention mask over the tokens: with one, transformers would not look for document borders in position_ids.
+    return model(
+        input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=kept,
+        **documents_arguments(model, documents),
+    ).logits  # fmt: skip
+
+
 def labelled_logits(
     model: Any,
     input_ids: torch.Tensor,
@@ -22,34 +47,23 @@ def labelled_logits(
 ) -> Any:
     """Forward pass, with logits only where some row has a label: the head costs 2·hidden·vocabulary FLOP a token.
 
+    For evaluation; the loss of training, which has no use for logits, is `head.Head`'s.
+
     Args:
         model: a transformers causal language model, or the DeepSpeed engine around one.
         input_ids, position_ids, labels: [batch, sequence] int64; labels already shifted.
         documents: of the micro-batch; without them attention goes by the position ids, or takes a row for a document.
 
     Returns:
-        logits [batch, kept, vocabulary] and labels [batch, kept]. `kept` ≥ 1 even when nothing has a label, so that
-        every rank runs the same modules: under ZeRO-3 each of them is a collective.
+        logits [batch, kept, vocabulary] and labels [batch, kept], `kept` as of `positions_with_label`.
     """
-    kept = (labels != IGNORE).any(dim=0).nonzero().squeeze(1)
-    if kept.numel() == 0:
-        kept = torch.zeros(1, dtype=torch.int64, device=labels.device)
-    # No attention mask over the tokens: with one, transformers would not look for document borders in position_ids.
-    output = model(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=kept,
-        **documents_arguments(model, documents),
-    )  # fmt: skip
-    return output.logits, labels[:, kept]
+    kept = positions_with_label(labels)
+    return forward(model, input_ids, position_ids, kept, documents), labels[:, kept]
 
 
-def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum (not mean) of -ln p(label) over the positions of a row that have a label, in fp32; [batch].
-
-    The caller divides by the number of labels of the whole global batch: micro-batches and ranks have different
-    numbers of them, so a mean of means would weight tokens unevenly.
-    """
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return nats.view(labels.shape).sum(1)
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """-ln p(label) in fp32, [positions], 0 where there is no label, of logits [positions, vocabulary]."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
 
 
 def kl_divergence(
@@ -100,5 +114,6 @@ class LabelWeights:
         return LabelWeights(1 / whole, replay_label_weight / whole, kl)
 
     def loss(self, nats: torch.Tensor, kl: torch.Tensor, replay: torch.Tensor) -> torch.Tensor:
-        """This micro-batch's part of the step's loss, a scalar; `nats`, `kl`, `replay`: [batch], of each row."""
+        """Part of the step's loss, a scalar: of labels, or of rows that hold their sums, with these -ln p and
+        divergences, of replay or not."""
         return (nats * torch.where(replay, self.replay, self.task) + self.kl * kl).sum()

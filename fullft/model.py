@@ -247,8 +247,6 @@ def load(
         if parameter.ds_tensor.dtype != dtype:
             raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
     tile_mlps(model, recipe.train.mlp_tiles)
-    if recipe.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     return model
 

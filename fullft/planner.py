@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from fullft.model import Facts
@@ -65,3 +66,83 @@ def plan(
         # One more than is kept exists while a checkpoint is written.
         "run_folder_bytes": (kept + 1) * checkpoint + exported,
     }
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Widths of a decoder layer, elements: hidden h, MLP f, queries H·d, keys K·d; and the number H of heads."""
+
+    layers: int
+    hidden: int
+    mlp: int
+    queries: int
+    keys: int
+    heads: int
+
+
+def layer_of(config: Any) -> Layer:
+    """From a transformers config; what it does not name is guessed as in Llama, an MLP of 4 · hidden."""
+    text = config.get_text_config()
+    hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
+    head = int(getattr(text, "head_dim", None) or hidden // heads)
+    keys = int(getattr(text, "num_key_value_heads", None) or heads)
+    mlp = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    if experts := getattr(text, "num_experts_per_tok", None):
+        mlp = int(experts) * int(getattr(text, "moe_intermediate_size", None) or mlp)
+    return Layer(int(text.num_hidden_layers), hidden, mlp, heads * head, keys * head, heads)
+
+
+def activation_bytes(layer: Layer, mode: str, bf16: bool) -> int:
+    """Bytes of activations a token, between forward and backward and in the layer at work, by what is kept
+    (`activations`).
+
+    A layer of Llama with attention of flash kind keeps, in bf16, 16h + 8f + 4Hd + 4Kd + 4H + 8 bytes a token, in fp32
+    24h + 16f + 8Hd + 8Kd + 4H + 8: counted by saved_tensors_hooks on transformers 5.24 (tests/test_activations.py), not
+    the 34h of Korthikanti et al. 2022 ("Reducing Activation Recomputation"), which is GPT's with dropout. Checkpointed,
+    it keeps its input, and its whole is there while it is computed again. selective adds the attention's output and
+    every second matrix product, those of keys, of attention's output and of the upper half of the gated MLP.
+    """
+    h, f, q, k = layer.hidden, layer.mlp, layer.queries, layer.keys
+    whole = 16 * h + 8 * f + 4 * q + 4 * k if bf16 else 24 * h + 16 * f + 8 * q + 8 * k
+    whole += 4 * layer.heads + 8
+    size = 2 if bf16 else 4
+    match mode:
+        case "none":
+            return layer.layers * whole
+        case "selective":
+            return layer.layers * (size * (h + q + k + h + f) + 4 * layer.heads) + whole
+        case "full":
+            return layer.layers * size * h + whole
+        case _:  # offload: the inputs of two layers are under way
+            return 2 * size * h + whole
+
+
+# What else a GPU holds: CUDA and its kernels, NCCL's buffers, DeepSpeed's reduce bucket, gathered and prefetched
+# weights; and the share of its memory that an allocator cannot use.
+_OTHER_BYTES, _USABLE = 6 * GIB, 0.92
+
+
+def choose_checkpointing(
+    recipe: Recipe, planned: dict[str, Any], layer: Layer, bf16: bool, memory: int | None, able: bool = True
+) -> tuple[str, str]:
+    """What train.activation_checkpointing comes to, and a line that says why.
+
+    Args:
+        planned: of `plan`.
+        memory: bytes of the smallest GPU; None where there is none.
+        able: whether the architecture can compute layers again.
+    """
+    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
+    if (chosen := recipe.train.activation_checkpointing) != "auto":
+        return chosen, f"{chosen}, as the recipe says"
+    if memory is None:
+        return "none", "none (auto: by the memory of GPUs, of which there are none here)"
+    if not able:
+        return "none", "none (auto; the architecture has no other)"
+    # Logits: as much as head.WORKSPACE_BYTES, and the gradient of the head in fp32.
+    taken = planned["device_bytes_per_rank"] + 4 * planned["largest_gathered_parameter_bytes"] + (2 << 30)
+    room = _USABLE * memory - taken - _OTHER_BYTES
+    needs = {mode: tokens * activation_bytes(layer, mode, bf16) for mode in ("none", "selective", "full", "offload")}
+    mode = next((mode for mode, need in needs.items() if need <= room), "offload")
+    said = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
+    return mode, f"{mode} (auto: of {max(room, 0) / GIB:.1f} GiB left for activations would take {said})"

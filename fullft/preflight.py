@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft import engine, model, planner
+from fullft import activations, engine, kernels, model, planner
 from fullft.checkpoint import newest
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
@@ -92,7 +92,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
     of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
-    problems += _room_problems(recipe, planned)
+    problems += _room_problems(recipe, planned) + activations.problems(recipe, meta)
+    problems += kernels.problems(recipe, meta.config.model_type, gpus)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
@@ -116,6 +117,12 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     if recipe.train.profile and recipe.train.profile[1] > total:
         raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
     suite.plan(total)
+    memory = torch.cuda.get_device_properties(0).total_memory if gpus and torch.cuda.is_available() else None
+    able = meta.supports_gradient_checkpointing
+    planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
+        recipe, planned, planner.layer_of(meta.config), bf16, memory, able
+    )
+    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config.model_type, gpus)
     filled = engine.fill_config(config, recipe, geometry, facts, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,

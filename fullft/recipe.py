@@ -176,6 +176,11 @@ class Data(Section):
         return names
 
 
+def _as_checkpointing(value: Any) -> Any:
+    """Recipes say true or false as well."""
+    return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class Train(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the training data (default 1; or give steps)")
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
@@ -228,9 +233,17 @@ class Train(Section):
         1, ge=1, description="run each MLP over so many parts of the tokens in turn, and again in backward: "
         "its inner activations take that much less memory"
     )  # fmt: skip
-    activation_checkpointing: bool = Field(
-        False, description="recompute activations in backward: less memory, 25 % slower"
-    )
+    activation_checkpointing: Annotated[
+        Literal["none", "selective", "full", "offload", "auto"], BeforeValidator(_as_checkpointing)
+    ] = Field(
+        "auto", description="recompute activations in backward, for memory: selective keeps attention and every second "
+        "matrix product, full the inputs of layers (25 % slower), offload keeps those in host memory; auto: the least "
+        "of it that fits the GPU"
+    )  # fmt: skip
+    kernels: Literal["auto", "none", "liger"] = Field(
+        "auto", description="fused RMSNorm, rotary embedding and SwiGLU of liger-kernel; auto: on GPUs, if installed "
+        "and made for the architecture"
+    )  # fmt: skip
     profile: tuple[int, int] | None = Field(
         None, description="optimizer steps [first, last] over which torch's profiler traces rank 0 of each node, into "
         "profile/ of the run folder; at most 20, since a trace is held in memory; from the third on they are typical"
@@ -509,7 +522,8 @@ class Recipe(Section):
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
     "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "train.profile", "model.attention",
-    "train.activation_checkpointing", "train.timeout_minutes", "train.hang_timeout", "retention.generation_batch_size",
+    "train.activation_checkpointing", "train.kernels", "train.timeout_minutes", "train.hang_timeout",
+    "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",
 )  # fmt: skip

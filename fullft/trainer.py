@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fullft import checkpoint, lease, model, signals, watchdog
+from fullft import activations, checkpoint, kernels, lease, model, signals, watchdog
 from fullft.account import Account
 from fullft.attention import form_groups
 from fullft.cluster import Cluster, host_report, on_all, sum_over_ranks
@@ -29,7 +29,8 @@ from fullft.ends import (
 from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
 from fullft.errors import BadInput, Preempted
 from fullft.flops import flops_and_peak
-from fullft.loss import IGNORE, LabelWeights, labelled_logits, token_cross_entropy
+from fullft.head import Head
+from fullft.loss import IGNORE, LabelWeights
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.profiling import Profile
@@ -57,6 +58,9 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     """
     engine, step, tokens_seen, unevaluated, tracker, saver, pull = set_up(recipe, cluster, inputs)
     gentler = know_rollbacks(recipe, pull)
+    head = Head(engine)
+    if head.why_not:
+        tracker.say(f"WARNING: the loss takes logits of all labels at once, and so more memory: {head.why_not}")
     if inputs.suite.tasks and unevaluated is not None:
         if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
             leave_for_requeue(recipe, cluster, tracker, step)
@@ -75,7 +79,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
     profile = Profile(recipe, cluster, tracker.say)
     flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
-    account = Account(engine, flops, peak, recipe.train.activation_checkpointing, profile.phase)
+    recomputes = inputs.plan["activation_checkpointing"] in ("full", "offload")
+    account = Account(engine, flops, peak, recomputes, profile.phase)
     for lacking in filter(None, (unknown, account.why_no_waits)):
         tracker.say(lacking)
 
@@ -100,13 +105,10 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
         for batch in (batch.to(engine.device) for batch in batches):
             account.phase("forward")
-            # 1. Forward pass
-            logits, labels = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents)
-            # 2. Token cross-entropy and, of replay rows, divergence from the base model: sums over each row
-            nats = token_cross_entropy(logits, labels)
-            kl = kl_of_replay(logits, labels, batch) if kl_of_replay else torch.zeros_like(nats)
-            loss = weights.loss(nats, kl, batch.replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()]).detach()
+            # 1. Forward pass, whose last module is the loss: the head makes logits of some positions at a time, of them
+            # 2. Token cross-entropy and, of replay rows, divergence from the base model; nats and kl: sums of each row
+            loss, nats, kl = head.loss(batch, weights, kl_of_replay)
+            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()])
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             account.phase("backward")
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
@@ -217,6 +219,9 @@ def set_up(
     read = not resumes[0] or recipe.train.l2_pull > 0
     form_groups(recipe.train.sequence_parallel)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
+    chosen, checkpointing = on_all(lambda: (inputs.plan["kernels"], inputs.plan["activation_checkpointing"]))
+    kernels.apply(loaded, chosen, checkpointing)
+    activations.enable(loaded, checkpointing)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
@@ -437,6 +442,8 @@ def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: i
         f"step   {recipe.train.global_batch_size} sequences = micro-batch {plan['micro_batch_size']} × accumulation "
         f"{plan['gradient_accumulation_steps']} × {_ranks(recipe, cluster)}; {inputs.total_steps} steps",
         f"attn   {inputs.attention.name}: {inputs.attention.reason}",
+        f"speed  kernels: {plan['kernels_why']}",
+        f"memory activation checkpointing: {plan['activation_checkpointing_why']}",
         f"run    {recipe.run_folder}",
         *(f"warning: {warning}" for warning in inputs.warnings),
     ]

@@ -17,7 +17,7 @@ from fullft.data.batches import Geometry
 from fullft.data.cache import open_sets
 from fullft.data.sequences import open_sequences
 from fullft.data.training import build_batches
-from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+from fullft.loss import IGNORE, cross_entropy, labelled_logits
 from fullft.recipe import parse_recipe
 
 pytestmark = pytest.mark.ranks
@@ -97,6 +97,12 @@ def test_zero3_equals_plain_pytorch(
     assert expected[-1] < expected[0] - 0.1  # it is learning, so the comparison means something
 
 
+def loss_of(model: Any, *batch: torch.Tensor) -> torch.Tensor:
+    """Summed over the labels; `batch`: ids, position ids, labels."""
+    logits, labels = labelled_logits(model, *batch)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten()).sum()
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attention: str) -> None:
     torch.manual_seed(0)
@@ -105,7 +111,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
     alone = 0.0
     for ids in documents:
         labels = torch.cat([ids[1:], torch.tensor([IGNORE])])[None]
-        loss = token_cross_entropy(*labelled_logits(model, ids[None], torch.arange(len(ids))[None], labels)).sum()
+        loss = loss_of(model, ids[None], torch.arange(len(ids))[None], labels)
         loss.backward()
         alone += loss.item()
     gradients_alone = model.model.layers[0].self_attn.k_proj.weight.grad.clone()
@@ -116,7 +122,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
     labels = torch.cat(
         [*(torch.cat([one[1:], torch.tensor([IGNORE])]) for one in documents), torch.full((14,), IGNORE)]
     )[None]
-    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels)).sum()
+    loss = loss_of(model, ids, positions, labels)
     loss.backward()
     assert loss.item() == pytest.approx(alone, rel=1e-6)
     torch.testing.assert_close(
@@ -127,7 +133,7 @@ def test_packed_documents_have_the_loss_they_have_alone(tiny_model: Path, attent
 def test_a_micro_batch_without_labels_counts_nothing_and_still_runs(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = torch.ones(1, 5, dtype=torch.int64)
-    loss = token_cross_entropy(*labelled_logits(model, ids, torch.arange(5)[None], torch.full((1, 5), IGNORE))).sum()
+    loss = loss_of(model, ids, torch.arange(5)[None], torch.full((1, 5), IGNORE))
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())

@@ -11,11 +11,13 @@ The model that is trained is the base model then, so no second one is needed, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from fullft.data.batches import Batch, Batches
 from fullft.data.progress import progress
 from fullft.documents import Documents
 from fullft.errors import BadInput, Preempted
+from fullft.head import Divergence, Head
 from fullft.loss import IGNORE, kl_divergence, labelled_logits
 from fullft.recipe import Recipe
 from fullft.retention.run import SAID_SECONDS, batched
@@ -95,22 +98,25 @@ class ReferenceDivergence:
     """KL(base || model) on the rows of the replay sets, from the base model run beside, in shards of its own."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
+        self._head = Head(engine)
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def __call__(self, batch: Batch) -> AbstractContextManager[Divergence | None]:
         """As of `ReplayDivergence`. All ranks together; the base is run where a rank has replay rows."""
         if not batch.replay_on_a_rank:
-            return logits.new_zeros(len(logits), dtype=torch.float32)
-        with torch.no_grad():
-            of_base, _ = labelled_logits(
-                self._engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents
-            )
-        nats = [logits.new_zeros((), dtype=torch.float32)] * len(logits)
-        for row in batch.replay.nonzero()[:, 0].tolist():
-            wanted = labels[row] != IGNORE
-            log_p, log_q = (one[row][wanted].float().log_softmax(-1) for one in (of_base, logits))
-            nats[row] = (log_p.exp() * (log_p - log_q)).sum()
-        return torch.stack(nats)
+            return contextlib.nullcontext()
+        return self._opened(batch, self._head.read(batch))
+
+    @contextlib.contextmanager
+    def _opened(
+        self, batch: Batch, reading: AbstractContextManager[Callable[[int, int], torch.Tensor]]
+    ) -> Iterator[Divergence]:
+        with reading as of_base:
+
+            def nats(_: int, logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
+                log_p, log_q = of_base(first, last).log_softmax(-1), logits.float().log_softmax(-1)
+                return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+            yield _on_rows(_labels_of(batch, batch.replay.nonzero()[:, 0].tolist()), nats)
 
 
 class ReplayDivergence:
@@ -120,21 +126,44 @@ class ReplayDivergence:
         self._predictions = predictions
         self._row_of = row_of  # (set, sequence) -> row of the predictions
 
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Nats of each row, summed over its labels, [batch]; 0 for rows of the task.
+    def __call__(self, batch: Batch) -> AbstractContextManager[Divergence | None]:
+        """What gives the nats of labels, 0 for those of rows of the task; None if there are no others."""
+        of_row = {row: self._row_of[one] for row, one in enumerate(batch.sequences) if one in self._row_of}
+        if not of_row:
+            return contextlib.nullcontext()
+        labels = _labels_of(batch, list(of_row))
+        known = {
+            row: self._predictions.of(one, batch.labels.device, (batch.labels_before[row], len(labels[row])))
+            for row, one in of_row.items()
+        }
 
-        `logits` [batch, kept, vocabulary], `labels` [batch, kept], as `labelled_logits` gives them.
-        """
-        nats = []
-        for row, sequence in enumerate(batch.sequences):
-            if sequence in self._row_of:
-                wanted = logits[row][labels[row] != IGNORE]
-                part = (batch.labels_before[row], len(wanted))
-                known = self._predictions.of(self._row_of[sequence], logits.device, part)
-                nats.append(kl_divergence(wanted, *known).sum())
-            else:
-                nats.append(logits.new_zeros((), dtype=torch.float32))
-        return torch.stack(nats)
+        def nats(row: int, logits: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            part = slice(first - labels[row].start, last - labels[row].start)
+            return kl_divergence(logits, *(one[part] for one in known[row]))
+
+        return contextlib.nullcontext(_on_rows(labels, nats))
+
+
+def _labels_of(batch: Batch, rows: list[int]) -> dict[int, range]:
+    """The labels of these rows, as their numbers among all of the batch, row after row."""
+    ends = (batch.labels != IGNORE).sum(1).cumsum(0).tolist()
+    return {row: range(ends[row - 1] if row else 0, ends[row]) for row in rows}
+
+
+def _on_rows(labels: dict[int, range], nats: Callable[[int, torch.Tensor, int, int], torch.Tensor]) -> Divergence:
+    """The divergence at any run of labels of a batch, from what gives it for some labels of one row:
+    nats(row, their logits, number of the first, last + 1)."""
+
+    def divergence(logits: torch.Tensor, first: int) -> torch.Tensor:
+        found = torch.zeros(len(logits), device=logits.device)
+        for row, own in labels.items():
+            start, end = max(own.start, first), min(own.stop, first + len(logits))
+            if start < end:
+                part = slice(start - first, end - first)
+                found[part] = nats(row, logits[part], start, end)
+        return found
+
+    return divergence
 
 
 def replay_divergence(

@@ -213,7 +213,9 @@ def too_long(
     every = recipe.retention.every_steps
     looks = 2 + ((total_steps - 1) // every if every else 0)
     once = evaluation_tokens(tasks) + compared_tokens
-    training = trained_tokens * (_RECOMPUTED if recipe.train.activation_checkpointing else _TRAINED)
+    training = trained_tokens * (
+        _RECOMPUTED if recipe.train.activation_checkpointing in ("full", "offload") else _TRAINED
+    )
     if recipe.retention.max_overhead is not None or looks * once <= training:
         return [], []
     costs = {task.name: evaluation_tokens([task]) for task in tasks} | {"retention.kl_tokens": compared_tokens}

@@ -126,7 +126,7 @@ def for_evaluation(recipe: Recipe, name: str, out: Path) -> Recipe:
         update={
             "run_dir": str(out),
             "model": chosen,
-            "train": recipe.train.model_copy(update={"activation_checkpointing": False}),
+            "train": recipe.train.model_copy(update={"activation_checkpointing": "none"}),
             "retention": recipe.retention.model_copy(update=whole),
         }
     )

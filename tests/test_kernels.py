@@ -1,0 +1,44 @@
+"""Fused kernels: which are taken, and the same training with them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_ranks
+
+from fullft.errors import BadInput
+from fullft.kernels import choose
+from fullft.preflight import preflight
+from fullft.recipe import parse_recipe
+
+SCRIPT = Path(__file__).parent / "kernels_on_ranks.py"
+INSTALLED = all(importlib.util.find_spec(name) for name in ("triton", "liger_kernel"))
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="triton and liger-kernel are not installed")
+def test_training_is_the_same_with_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    done = run_ranks(SCRIPT, str(tmp_path / "out.json"), ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    for name, found in json.loads((tmp_path / "out.json").read_text()).items():
+        assert found["fused"] >= 4, (name, found)
+        assert found["moved"] > 1e-4, (name, found)
+        assert found["loss"] < 2e-6, (name, found)
+        assert found["weights"] < 2e-6, (name, found)
+
+
+def test_kernels_that_cannot_be_had(recipe: dict[str, Any]) -> None:
+    assert choose(parse_recipe(recipe), "llama", on_gpu=False) == ("none", "those of transformers: there is no GPU")
+    recipe["train"]["kernels"] = "liger"
+    with pytest.raises(BadInput, match=r"train\.kernels: liger, but there is no GPU; take auto or none"):
+        preflight(parse_recipe(recipe), 1)
+    recipe["train"]["kernels"] = "none"
+    assert choose(parse_recipe(recipe), "llama", on_gpu=True)[0] == "none"
+    recipe["train"]["kernels"] = "auto"
+    assert "liger has none for albert" in choose(parse_recipe(recipe), "albert", True)[1] or not INSTALLED
