@@ -132,7 +132,7 @@ def choose_checkpointing(
         memory: bytes of the smallest GPU; None where there is none.
         able: whether the architecture can compute layers again.
     """
-    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length
+    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length // recipe.train.sequence_parallel
     if (chosen := recipe.train.activation_checkpointing) != "auto":
         return chosen, f"{chosen}, as the recipe says"
     if memory is None:
