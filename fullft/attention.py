@@ -222,14 +222,16 @@ def _sample(heads: Heads, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Output and gradients of a layer's attention over a few random documents on this GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
     counts = (heads.query, heads.key_value, heads.key_value)
-    inputs = [
+    q, k, v = inputs = [
         torch.randn(1, count, 384, heads.size, generator=generator, device="cuda", dtype=dtype).requires_grad_()
         for count in counts
     ]
     ends = torch.tensor([0, 1, 129, 384], dtype=torch.int32, device="cuda")
     told = Documents(ends, 255).arguments | {"sliding_window": heads.window}
-    out = _of_documents(inputs[0], inputs[1], inputs[2], heads.size**-0.5, told)
-    return out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
+    out = _of_documents(q, k, v, heads.size**-0.5, told)
+    # Evaluation's dense calls run by the same kernel.
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.query != heads.key_value)
+    return out.detach(), dense.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
 
 
 # Sequence parallelism (Ulysses)
