@@ -12,9 +12,11 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn import attention as torch_attention
 from torch.nn.attention.varlen import varlen_attn
@@ -256,21 +258,26 @@ def _over_ranks(
 
 @functools.cache
 def _ulysses(batch: int, heads: int, key_value_heads: int, size: int) -> Any:
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     def attend(_: Any, query: Any, key: Any, value: Any, __: Any, scaling: float | None, **kwargs: Any) -> Any:
         return _of_documents(query, key, value, scaling, kwargs), None
 
     return UlyssesSPAttentionHF(
-        attend, batch, heads, size, key_value_heads, 1, parallel_state_sp.get_sequence_parallel_group(),
-        seq_length_is_variable=True,
+        attend, batch, heads, size, key_value_heads, 1, _group, seq_length_is_variable=True
     )  # fmt: skip
 
 
-def form_groups(ranks: int) -> None:
-    """The groups of ranks that share a micro-batch: 0 to ranks - 1, and so on. All ranks together, once a process."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+_group: Any = None  # of the ranks that share a micro-batch with this one
 
-    if ranks > 1:
-        parallel_state_sp.initialize_sequence_parallel(ranks)
+
+def form_groups(ranks: int, timeout_minutes: float) -> None:
+    """Groups of ranks that share a micro-batch: 0 to ranks - 1, and so on. All ranks together, once a process.
+
+    `timeout_minutes`: that of the collectives among all ranks; torch's own default is another.
+    """
+    global _group
+    for first in range(0, dist.get_world_size() if ranks > 1 else 0, ranks):
+        members = range(first, first + ranks)
+        group = dist.new_group(list(members), timeout=timedelta(minutes=timeout_minutes))
+        _group = group if dist.get_rank() in members else _group

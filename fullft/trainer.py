@@ -195,7 +195,7 @@ def set_up(
     end_loading_if_asked(recipe, cluster, "loading of the model")
     # The pull needs the base weights; else a checkpoint has all that is needed.
     read = not resumes[0] or recipe.train.l2_pull > 0
-    form_groups(recipe.train.sequence_parallel)
+    form_groups(recipe.train.sequence_parallel, recipe.train.timeout_minutes)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
