@@ -12,9 +12,11 @@ import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn import attention as torch_attention
 from torch.nn.attention.varlen import varlen_attn
@@ -222,14 +224,16 @@ def _sample(heads: Heads, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Output and gradients of a layer's attention over a few random documents on this GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
     counts = (heads.query, heads.key_value, heads.key_value)
-    inputs = [
+    q, k, v = inputs = [
         torch.randn(1, count, 384, heads.size, generator=generator, device="cuda", dtype=dtype).requires_grad_()
         for count in counts
     ]
     ends = torch.tensor([0, 1, 129, 384], dtype=torch.int32, device="cuda")
     told = Documents(ends, 255).arguments | {"sliding_window": heads.window}
-    out = _of_documents(inputs[0], inputs[1], inputs[2], heads.size**-0.5, told)
-    return out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
+    out = _of_documents(q, k, v, heads.size**-0.5, told)
+    # Evaluation's dense calls run by the same kernel.
+    dense = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads.query != heads.key_value)
+    return out.detach(), dense.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)
 
 
 # Sequence parallelism (Ulysses)
@@ -254,21 +258,26 @@ def _over_ranks(
 
 @functools.cache
 def _ulysses(batch: int, heads: int, key_value_heads: int, size: int) -> Any:
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     def attend(_: Any, query: Any, key: Any, value: Any, __: Any, scaling: float | None, **kwargs: Any) -> Any:
         return _of_documents(query, key, value, scaling, kwargs), None
 
     return UlyssesSPAttentionHF(
-        attend, batch, heads, size, key_value_heads, 1, parallel_state_sp.get_sequence_parallel_group(),
-        seq_length_is_variable=True,
+        attend, batch, heads, size, key_value_heads, 1, _group, seq_length_is_variable=True
     )  # fmt: skip
 
 
-def form_groups(ranks: int) -> None:
-    """The groups of ranks that share a micro-batch: 0 to ranks - 1, and so on. All ranks together, once a process."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+_group: Any = None  # of the ranks that share a micro-batch with this one
 
-    if ranks > 1:
-        parallel_state_sp.initialize_sequence_parallel(ranks)
+
+def form_groups(ranks: int, timeout_minutes: float) -> None:
+    """Groups of ranks that share a micro-batch: 0 to ranks - 1, and so on. All ranks together, once a process.
+
+    `timeout_minutes`: that of the collectives among all ranks; torch's own default is another.
+    """
+    global _group
+    for first in range(0, dist.get_world_size() if ranks > 1 else 0, ranks):
+        members = range(first, first + ranks)
+        group = dist.new_group(list(members), timeout=timedelta(minutes=timeout_minutes))
+        _group = group if dist.get_rank() in members else _group

@@ -217,7 +217,7 @@ def set_up(
     end_loading_if_asked(recipe, cluster, "loading of the model")
     # The pull needs the base weights; else a checkpoint has all that is needed.
     read = not resumes[0] or recipe.train.l2_pull > 0
-    form_groups(recipe.train.sequence_parallel)
+    form_groups(recipe.train.sequence_parallel, recipe.train.timeout_minutes)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
     chosen, checkpointing = on_all(lambda: (inputs.plan["kernels"], inputs.plan["activation_checkpointing"]))
     kernels.apply(loaded, chosen, checkpointing)

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen3Config,
+    modeling_flash_attention_utils,
 )
 
 from fullft import attention
@@ -218,3 +219,24 @@ def test_the_gradient_needs_no_mask_of_sequence_squared() -> None:
     with Watch():
         token_cross_entropy(*labelled_logits(model, ids, positions, labels, Documents.of(positions))).sum().backward()
     assert largest < length * length / 8
+
+
+def test_transformers_gives_flash_attention_the_documents_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels need a GPU; what transformers calls them with does not, so a plain function is called instead."""
+    calls = []
+
+    def kernel(query: Any, key: Any, value: Any, cu_seqlens_q: Any, max_seqlen_q: int, **_: Any) -> torch.Tensor:
+        calls.append((cu_seqlens_q.tolist(), max_seqlen_q))
+        told = Documents(cu_seqlens_q, max_seqlen_q).arguments
+        rows = (one[None].transpose(1, 2) for one in (query, key, value))  # [1, heads, tokens, head size]
+        return varlen(torch.nn.Module(), *rows, None, **told)[0][0]
+
+    found = ((None, kernel, None, None, None), (lambda max_seqlen_q, **_: {"max_seqlen_q": max_seqlen_q}, None))
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda *_, **__: found)
+    model = build(VARLEN["llama, grouped heads"], "sdpa").train()
+    model.config._attn_implementation = "flash_attention_2"
+    ids, positions, labels = packed(ROWS)
+    told = Documents.of(positions)
+    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels, told)).sum()
+    require_same((loss.item(), gradients(model, loss)), alone(VARLEN["llama, grouped heads"], ROWS))
+    assert calls == [(told.ends.tolist(), 30)] * 2

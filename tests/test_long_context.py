@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from test_architectures import SMALL, save_model
 from test_bad_input import problem
 from test_checkpoint import kill_after
-from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from fullft.data.batches import Batch
 from fullft.documents import Documents
 from fullft.loss import IGNORE
+from fullft.tiles import tile_mlps
 
 STEPS = 4
 HEADS = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -134,6 +135,23 @@ def test_tiles_of_the_mlp_change_no_number(shared: dict[str, Any], launch: Launc
     require_same(run(shared, launch, "tiles", 2, mlp_tiles=5, micro_batch_size=2), whole)
     more = {"sequence_parallel": 2, "activation_checkpointing": True}
     require_same(run(shared, launch, "parts", 2, mlp_tiles=5, **more), whole)
+
+
+def test_an_mlp_sees_a_tile_at_a_time() -> None:
+    config = LlamaConfig(**HEADS, vocab_size=50)
+    grads, seen = [], list[int]()
+    for tiles in (1, 3):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        tile_mlps(model, tiles)
+        model.model.layers[1].mlp.down_proj.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
+        model(input_ids=torch.arange(20).view(2, 10)).logits.square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+        with torch.no_grad():
+            model(input_ids=torch.arange(20).view(2, 10))
+    assert seen == [10, 10, *[7] * 6, 10]  # 20 tokens and a filler in 3 tiles, forward and once more in backward
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_an_mlp_with_experts_is_not_tiled(shared: dict[str, Any], tiny_model: Path, tmp_path: Path) -> None:
