@@ -330,7 +330,7 @@ def test_memory_of_the_second_copies(remedied: dict[str, Any]) -> None:
     def planned(offload: bool, **keys: bool) -> tuple[int, int, int]:
         recipe = copy.deepcopy(remedied)
         recipe["train"] |= keys
-        found = plan(parse_recipe(recipe), Facts("m", 1000, 10, 8, 16, 2), 2, True, offload, 1)
+        found = plan(parse_recipe(recipe), Facts("m", 1000, 10, 8, 16, 2, 300, 128, 8, 10), 2, True, offload, 1)
         assert sum(found["state_bytes_per_rank"].values()) == 500 * (16 + 2 + 4 + 2)
         return found["device_bytes_per_rank"] // 500, found["host_bytes_per_rank"] // 500
 
