@@ -1,7 +1,7 @@
 """The contenders of benchmarks.step and benchmarks.kernels, each a program for one rank:
 
-    python -m benchmarks.contenders fullft|bare RECIPE.yaml [key=value …] --turns FD
-    python benchmarks/trl_contender.py …                                              (TRL, in its own environment)
+python -m benchmarks.contenders fullft|bare RECIPE.yaml [key=value …] --turns FD
+python benchmarks/trl_contender.py …                                              (TRL, in its own environment)
 """
 
 from __future__ import annotations

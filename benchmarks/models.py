@@ -1,6 +1,6 @@
 """Models of random weights in the shapes that people train, chats of ragged lengths, and the FLOP of a step.
 
-    python -m benchmarks.models SIZE FOLDER            writes a Hugging Face folder
+python -m benchmarks.models SIZE FOLDER            writes a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -112,5 +112,18 @@ def write(size: str, folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="4GB")
 
 
+def fitting() -> list[str]:
+    """16 bytes a parameter, and 10 GB for activations, buffers and kernels."""
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+    return [size for size in reversed(SHAPES) if size[0].isdigit() and parameters(size) * 16 + 10e9 < memory] or [
+        "tiny"
+    ]
+
+
 if __name__ == "__main__":
-    write(sys.argv[1], Path(sys.argv[2]))
+    if sys.argv[1:] == ["--fitting"]:
+        print("\n".join(fitting()))
+    else:
+        write(sys.argv[1], Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer as a contender of benchmarks.step, set up as its users would; fullft need not be installed.
 
-    python benchmarks/trl_contender.py SETTINGS.json --turns FD
+python benchmarks/trl_contender.py SETTINGS.json --turns FD
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ RANK = {
     "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True", "TRANSFORMERS_VERBOSITY": "error",
 }  # fmt: skip
+OUT_OF_TIME = "in time"
 WARM_UP = 3  # steps: ZeRO-3 records the order of modules, AdamW allocates its moments, allocators grow
 
 
@@ -121,6 +123,20 @@ def _peak() -> dict[str, int]:
 # The process that gives turns
 
 
+class OutOfTime(BaseException):
+    """SIGTERM came: what has been measured until now is to be written."""
+
+
+def end_in_time() -> None:
+    """Have SIGTERM end the turns, not the process, once."""
+
+    def handle(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise OutOfTime
+
+    signal.signal(signal.SIGTERM, handle)
+
+
 class Failed(Exception):
     """A contender ended before its turns; with the end of what it said."""
 
@@ -147,23 +163,25 @@ class _Life:
         self._processes, self._sockets = [], []
         for rank in range(contender.ranks):
             here, there = socket.socketpair()
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(contender.ranks),
-                     "LOCAL_WORLD_SIZE": str(contender.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            environment = os.environ | RANK | place | (CPU_RANK if cpu else {})
+            place = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": contender.ranks, "LOCAL_WORLD_SIZE": contender.ranks,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
+            environment = os.environ | RANK | {key: str(value) for key, value in place.items()}
+            environment |= CPU_RANK if cpu else {}
+            command = [*contender.command, "--turns", str(there.fileno())]
             with log.open("ab") as output:
-                self._processes.append(
-                    subprocess.Popen(
-                        [*contender.command, "--turns", str(there.fileno())], env=environment, stdout=output,
-                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()],
-                    )  # fmt: skip
-                )
+                process = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    pass_fds=[there.fileno()],
+                )  # fmt: skip
+            self._processes.append(process)
             there.close()
             self._sockets.append(here)
         self._lines = [one.makefile("r") for one in self._sockets]
 
     def turn(self, steps: int, kind: str) -> None:
         """Let it take so many steps; `kind`: warm-up, first (that counts) or counted."""
-        started = len(self.contender.turns)
         try:
             for one in self._sockets:
                 one.sendall(f"{-steps if kind == 'first' else steps}\n".encode())
@@ -175,11 +193,11 @@ class _Life:
         wall = max(one[-1][0] - one[0][0] for one in marks)
         cpu = sum(one[-1][1] - one[0][1] for one in marks)
         self.contender.turns.append({"steps": steps, "seconds": wall, "cpu_seconds": cpu})
-        assert len(self.contender.turns) == started + 1
 
     def end(self) -> None:
-        for one in self._sockets:
-            one.sendall(b"0\n")
+        with contextlib.suppress(BrokenPipeError):  # told by what is read
+            for one in self._sockets:
+                one.sendall(b"0\n")
         self.contender.results = [json.loads(self._read(rank))["result"] for rank in range(self.contender.ranks)]
         for process in self._processes:
             process.wait(60)
@@ -190,6 +208,8 @@ class _Life:
             line = self._lines[rank].readline()
         except TimeoutError:
             raise Failed(f"{self.contender.name} took too long; its log ends with:\n{self._tail()}") from None
+        except ConnectionResetError:
+            line = ""
         if not line:
             raise self._failure()
         return line
@@ -210,34 +230,49 @@ class _Life:
 
 
 @contextlib.contextmanager
+def _noting_the_end(failed: dict[str, str]) -> Iterator[None]:
+    try:
+        yield
+    except OutOfTime:
+        failed[OUT_OF_TIME] = "some were cut off by a time limit: fewer turns than wanted"
+
+
+@contextlib.contextmanager
 def _alive(contenders: Sequence[Contender], folder: Path, cpu: bool, seconds: float) -> Iterator[list[_Life]]:
     lives: list[_Life] = []
+    started: list[_Life] = []
     try:
-        for contender in contenders:
-            lives.append(_Life(contender, folder / f"{contender.name}.log", cpu, seconds))
+        for number, contender in enumerate(contenders):
+            lives.append(_Life(contender, folder / f"{number}.log", cpu, seconds))
+            started.append(lives[-1])
         yield lives
     finally:
-        for life in lives:
+        for life in started:
             life.kill()
 
 
 def alternate(
     contenders: Sequence[Contender], folder: Path, *, turns: int, steps: int, cpu: bool, seconds: float = 3000
-) -> None:
-    """All at once in memory, a turn of each after the other, in another order each round.
-
-    Raises:
-        Failed: one of them did.
-    """
-    order = random.Random(0)
-    with _alive(contenders, folder, cpu, seconds) as lives:
-        for life in lives:
-            life.turn(WARM_UP, "warm-up")
-        for number in range(turns):
+) -> dict[str, str]:
+    """All at once in memory, a turn of each after the other, in another order each round. Returns why some failed, by
+    name; of these no turn is kept, and the others go on."""
+    order, failed = random.Random(0), dict[str, str]()
+    with _noting_the_end(failed), _alive(contenders, folder, cpu, seconds) as lives:
+        for number in range(-1, turns + 1):
             for life in order.sample(lives, len(lives)):
-                life.turn(steps, "counted" if number else "first")
-        for life in lives:
-            life.end()
+                try:
+                    if number == turns:
+                        life.end()
+                    elif number < 0:
+                        life.turn(WARM_UP, "warm-up")
+                    else:
+                        life.turn(steps, "counted" if number else "first")
+                except Failed as error:
+                    failed[life.contender.name] = str(error)
+                    life.contender.turns.clear()
+                    life.kill()
+                    lives.remove(life)
+    return failed
 
 
 def one_by_one(
@@ -246,8 +281,8 @@ def one_by_one(
     """Each alone in memory, started anew every round: where two do not fit. Returns why some failed, by name; a
     contender that has failed is not started again."""
     failed: dict[str, str] = {}
-    for _ in range(rounds):
-        for contender in contenders:
+    with _noting_the_end(failed):
+        for contender in [*contenders] * rounds:
             if contender.name in failed:
                 continue
             try:
@@ -257,6 +292,7 @@ def one_by_one(
                     life.end()
             except Failed as error:
                 failed[contender.name] = str(error)
+                contender.turns.clear()
     return failed
 
 
@@ -265,4 +301,4 @@ def ratio(one: Contender, other: Contender, key: str) -> dict[str, float]:
     pairs = list(zip(one.turns, other.turns, strict=False))
     ratios = sorted((a[key] / a["steps"]) / (b[key] / b["steps"]) for a, b in pairs)
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    return {"median": statistics.median(ratios), "quartile_low": low, "quartile_high": high, "pairs": len(ratios)}
+    return {"median": middle, "quartile_low": low, "quartile_high": high, "pairs": len(ratios)}
