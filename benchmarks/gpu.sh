@@ -50,8 +50,8 @@ part() {
 
 wanted() { [[ " $parts " == *" $1 "* ]]; }
 
-wanted environment && part environment 60 "$python" -m benchmarks.environment
-wanted matmul && part matmul 120 "$python" -m benchmarks.matmul
+wanted environment && part environment "$((of_part < 60 ? of_part : 60))" "$python" -m benchmarks.environment
+wanted matmul && part matmul "$((of_part < 120 ? of_part : 120))" "$python" -m benchmarks.matmul
 # shellcheck disable=SC2086
 sizes=${SIZES:-$("$python" -m benchmarks.models --fitting | head -n 2 | tr '\n' ' ')}
 echo "sizes: $sizes"

@@ -38,7 +38,7 @@ def of_results(results: dict[str, Any]) -> list[str]:
         rows = one.get("rows", {})
         match one.get("benchmark", "").split("-")[0]:
             case "matmul":
-                rates = [(shape, f"{rate / 1e12:.1f}") for shape, rate in rows["flops_per_second"].items()]
+                rates = [(shape, f"{rate / 1e12:.3g}") for shape, rate in rows["flops_per_second"].items()]
                 lines += ["## Matrix product", "", *markdown(("shape", "TFLOP/s"), rates), ""]
             case "whole_run":
                 checks = [(check["check"], "yes" if check["ok"] else "NO") for check in rows["checks"]]
