@@ -24,7 +24,6 @@ def main() -> None:
     turns = Turns(arguments.turns)
 
     from fullft import cluster
-    from fullft.preflight import preflight
     from fullft.recipe import load_recipe
 
     me, recipe = cluster.discover(), load_recipe(arguments.recipe, arguments.overrides)
@@ -33,6 +32,14 @@ def main() -> None:
     if arguments.kind == "fullft":
         turns.end(**fullft(recipe, me, inputs, turns))
     turns.end(**bare(recipe, me, inputs, turns))
+
+
+def preflight(recipe: Any, ranks: int, on_gpu: bool | None = None) -> Any:
+    """fullft's, without the room on disk for checkpoints and export: runs here are left before they write any."""
+    from fullft import preflight
+
+    preflight._room_problems = lambda *_: []
+    return preflight.preflight(recipe, ranks, on_gpu)
 
 
 class Watched:

@@ -7,7 +7,7 @@
 #
 # A part that fails or takes too long does not stop the next; what it has measured until then is kept, with its log.
 #
-#   PYTHON      interpreter (python3)             SIZES    models of benchmarks/models.py (the largest two that fit)
+#   PYTHON      interpreter (python3)             SIZES    models of benchmarks/models.py (the largest that fits, 1b)
 #   TRL_PYTHON  interpreter that has TRL (PYTHON) LENGTH   tokens of a sequence (8192)
 #   PARTS       some of: environment matmul tests whole_run step kernels
 #   SECONDS_IN_ALL, SECONDS_OF_PART               (1800, 600)
@@ -52,17 +52,17 @@ wanted() { [[ " $parts " == *" $1 "* ]]; }
 
 wanted environment && part environment "$((of_part < 60 ? of_part : 60))" "$python" -m benchmarks.environment
 wanted matmul && part matmul "$((of_part < 120 ? of_part : 120))" "$python" -m benchmarks.matmul
-# shellcheck disable=SC2086
-sizes=${SIZES:-$("$python" -m benchmarks.models --fitting | head -n 2 | tr '\n' ' ')}
+fitting=$("$python" -m benchmarks.models --fitting | tr '\n' ' ')
+sizes=${SIZES:-${fitting%% *}$([[ " $fitting" == *" 1b "* && $fitting != 1b* ]] && echo " 1b")}
 echo "sizes: $sizes"
 wanted tests && part tests "$((of_part < 300 ? of_part : 300))" \
-    env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider -n 0 tests
+    env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
 wanted whole_run && part whole_run "$((of_part < 300 ? of_part : 300))" \
     "$python" -m benchmarks.whole_run --size "${WHOLE_RUN_SIZE:-small}"
 for size in $sizes; do
     wanted step && part "step-$size" "$of_part" \
         "$python" -m benchmarks.step --quick --size "$size" --length "$length" --trl-python "${TRL_PYTHON:-$python}"
 done
-# The smallest: all values of a switch beside each other in memory.
+# The last of the sizes, which starts fast: there are some twenty rows.
 wanted kernels && part kernels "$of_part" "$python" -m benchmarks.kernels --quick --size "${sizes##* }" --length "$length"
 "$python" -m benchmarks.gpu_table "$results" | tee "$results/gpu.md"

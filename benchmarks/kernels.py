@@ -42,7 +42,8 @@ SWITCHES: dict[str, dict[str, list[str]]] = {
     "kernels": {name: [f"train.kernels={name}"] for name in ("none", "liger", "auto")},
     "mlp_tiles": {str(tiles): [f"train.mlp_tiles={tiles}"] for tiles in (2, 8)},
     "precision": {name: [f"train.precision={name}"] for name in ("bf16", "fp32")},
-    "deepspeed": {path.stem: [f"deepspeed={path}"] for path in sorted((ROOT / "ds_configs").glob("*.json"))},
+    "deepspeed": {name: [f"deepspeed=ds_configs/{name}.json"] for name in
+                  sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))},
 }  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def measure(
         failed = alternate(contenders, setting.folder, turns=arguments.turns, steps=arguments.steps, cpu=setting.cpu)
     else:
         failed = one_by_one(contenders, setting.folder, rounds=1, steps=arguments.steps, cpu=setting.cpu)
-    why |= {name: text.strip().splitlines()[-1][:300] for name, text in failed.items()}
+    why |= {name: last_line(text).replace(f"{setting.folder}/", "") for name, text in failed.items()}
     why |= {one.name: f"not {OUT_OF_TIME}" for one in contenders if not one.turns and one.name not in why}
     found, base = [], contenders[0]
     for value, changed in {BASE: [], **SWITCHES[switch]}.items():
@@ -136,6 +137,11 @@ def measure(
             one["loss_difference"] = loss_difference(one, base.results[0])
         found.append(one)
     return found
+
+
+def last_line(text: str) -> str:
+    """Of what a contender said: its error."""
+    return text.strip().splitlines()[-1].removeprefix("[rank0]: ")[:300]
 
 
 def unknown(recipe: Path, overrides: list[str]) -> str:

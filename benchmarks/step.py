@@ -29,7 +29,8 @@ import yaml
 
 from benchmarks import matmul
 from benchmarks.common import goal, write
-from benchmarks.models import SHAPES, model_flops, parameters, prepare
+from benchmarks.contenders import preflight
+from benchmarks.models import SHAPES, activation_bytes, model_flops, parameters, prepare
 from benchmarks.turns import WARM_UP, Contender, alternate, end_in_time, one_by_one, ratio
 
 FULLFT = [sys.executable, "-m", "benchmarks.contenders"]
@@ -54,6 +55,7 @@ def main() -> None:
         print(f"a matrix product: {rate / 1e12:.3f} TFLOP/s a rank", flush=True)
         load = os.getloadavg()[0]
         failed = run(list(contenders.values()), setting, arguments, together)
+        failed = {one: why.replace(f"{setting.folder}/", "") for one, why in failed.items()}
     load = max(load, os.getloadavg()[0])
     rows = {one.name: row(one, counts, setting, rate) for one in contenders.values() if one.turns}
     for one in rows.values():
@@ -140,7 +142,6 @@ def write_sequences(setting: Setting, overrides: list[str]) -> dict[str, float]:
     from datasets import Dataset
 
     from fullft.loss import IGNORE
-    from fullft.preflight import preflight
     from fullft.recipe import load_recipe
 
     recipe = load_recipe(setting.write_recipe("prepare"), overrides)
@@ -204,16 +205,16 @@ def entrants(setting: Setting, arguments: argparse.Namespace) -> list[Contender]
 
 
 def all_fit(setting: Setting, contenders: dict[str, Contender]) -> bool:
-    """Whether all of them fit into the memory at once: 16 bytes a parameter (20 in fp32), and as much again as a guess
-    of activations, kernels and what allocators keep."""
+    """Whether all of them fit into the memory at once: 16 bytes a parameter (20 in fp32), activations, and a guess of
+    what libraries, kernels and allocators keep."""
     if setting.cpu:
         import psutil
 
-        needed = parameters(setting.size) * 20 + setting.ranks * 1.5e9
+        needed = parameters(setting.size) * 20 + setting.ranks * 1e9
         return len(contenders) * needed < psutil.virtual_memory().available
     import torch
 
-    needed = parameters(setting.size) * 16 + 0.1 * setting.length * SHAPES[setting.size]["vocab_size"] * 14 + 6e9
+    needed = parameters(setting.size) * 16 + activation_bytes(setting.size, setting.length) + 4e9
     return len(contenders) * needed < torch.cuda.mem_get_info()[0]
 
 
