@@ -44,6 +44,8 @@ class Turns:
         self._lines = self._socket.makefile("r")
         self._marks: list[tuple[float, float]] = []
         self._left = 0
+        # A time limit ends the process that gives turns, which ends this one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def step_begins(self) -> None:
         """Between two steps: here the time of the last one ends and, when it is our turn, that of the next begins.
@@ -257,21 +259,29 @@ def alternate(
     """All at once in memory, a turn of each after the other, in another order each round. Returns why some failed, by
     name; of these no turn is kept, and the others go on."""
     order, failed = random.Random(0), dict[str, str]()
+    busy: _Life | None = None
     with _noting_the_end(failed), _alive(contenders, folder, cpu, seconds) as lives:
-        for number in range(-1, turns + 1):
-            for life in order.sample(lives, len(lives)):
-                try:
-                    if number == turns:
+        try:
+            for number in range(-1, turns + 1):
+                for busy in order.sample(lives, len(lives)):
+                    try:
+                        if number == turns:
+                            busy.end()
+                        elif number < 0:
+                            busy.turn(WARM_UP, "warm-up")
+                        else:
+                            busy.turn(steps, "counted" if number else "first")
+                    except Failed as error:
+                        failed[busy.contender.name] = str(error)
+                        busy.contender.turns.clear()
+                        busy.kill()
+                        lives.remove(busy)
+        except OutOfTime:  # those that wait for a turn can still tell losses and memory
+            for life in lives:
+                if life is not busy:
+                    with contextlib.suppress(Failed):
                         life.end()
-                    elif number < 0:
-                        life.turn(WARM_UP, "warm-up")
-                    else:
-                        life.turn(steps, "counted" if number else "first")
-                except Failed as error:
-                    failed[life.contender.name] = str(error)
-                    life.contender.turns.clear()
-                    life.kill()
-                    lives.remove(life)
+            raise
     return failed
 
 

@@ -355,7 +355,7 @@ def host_report() -> dict[str, str]:
     for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py"):
         try:
             report[name] = version(name)
-        except PackageNotFoundError:  # a node without the hub of trackers or an MPI; training needs neither
+        except PackageNotFoundError:  # wandb or mpi4py, which not every run needs
             report[name] = "not installed"
     report |= {"python": platform.python_version(), "host": socket.gethostname(), "cpu_count": str(os.cpu_count())}
     report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"

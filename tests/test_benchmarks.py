@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import REPOSITORY, write_recipe
+from ranks import wait_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -78,6 +79,30 @@ def test_those_that_do_not_fit_together_run_one_by_one(loop: Any, tmp_path: Path
     assert list(failed) == ["b"]
     assert (tmp_path / "order").read_text() == ("a" * (WARM_UP + 3) + "c" * (WARM_UP + 3)) * 2
     assert len(first.turns) == len(last.turns) == 2
+
+
+@pytest.mark.usefixtures("loop")
+def test_what_was_measured_before_a_time_limit_is_kept(tmp_path: Path) -> None:
+    program = tmp_path / "limited.py"
+    program.write_text(f"""
+import json, os, sys
+from pathlib import Path
+from benchmarks.turns import Contender, alternate, end_in_time
+end_in_time()
+folder = Path({str(tmp_path)!r})
+loop, order = str(folder / "loop.py"), str(folder / "order")
+contenders = [Contender(name, [sys.executable, loop, name, "1", "-1", order]) for name in "ab"]
+failed = alternate(contenders, folder, turns=10**6, steps=1, cpu=True)
+print(json.dumps([failed, [len(one.turns) for one in contenders], [one.results for one in contenders]]))
+""")
+    process = subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "order").exists() and len((tmp_path / "order").read_text()) > 20, "turns")
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    failed, turns, results = json.loads(output)
+    assert list(failed) == ["in time"]
+    assert min(turns) > 3
+    assert any(results)  # of the one that was waiting
 
 
 @pytest.mark.parametrize("size", ["tiny", "1b"])
