@@ -32,9 +32,10 @@ started=$SECONDS
 part() {
     local name=$1 limit=$2 left=$((in_all - (SECONDS - started))) began=$SECONDS code=0
     shift 2
+    local command="${*//"$python"/python}"
     if ((left < 20)); then
         echo "== $name: not started, the time is over"
-        echo "{\"part\": \"$name\", \"code\": null, \"seconds\": 0, \"command\": \"$*\"}" >> "$results/parts.jsonl"
+        echo "{\"part\": \"$name\", \"code\": null, \"seconds\": 0, \"command\": \"$command\"}" >> "$results/parts.jsonl"
         return
     fi
     ((limit > left)) && limit=$left
@@ -44,7 +45,7 @@ part() {
     if ((code == 0)); then tail -n 12 "$logs/$name.log"; else tail -n 30 "$logs/$name.log"; fi
     ((code == 124 || code == 137)) && echo "-- $name: took longer than $limit s"
     ((code == 0)) || echo "-- $name: exit code $code, see $logs/$name.log"
-    echo "{\"part\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - began)), \"command\": \"$*\"}" \
+    echo "{\"part\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - began)), \"command\": \"$command\"}" \
         >> "$results/parts.jsonl"
 }
 
