@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "mpi4py", "trl")
+RESULTS = Path(os.environ.get("FULLFT_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "mpi4py", "trl", "triton")
 
 
 @dataclass
@@ -73,7 +73,8 @@ def machine() -> dict[str, Any]:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    gpu = None if on_cpu else torch.cuda.get_device_name()
     return {
         "cpu": cpu, "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "gpu": gpu,
@@ -96,16 +97,17 @@ def goal(name: str, wanted: str, measured: float, met: bool) -> dict[str, Any]:
 
 
 def write(name: str, rows: dict[str, Any], goals: list[dict[str, Any]], **more: Any) -> Path:
-    """benchmarks/results/<name>-<gpu or cpu>.json"""
+    """benchmarks/results/<name>-<gpu or cpu>.json; `name` is the module's, and behind a hyphen which of its results."""
     here = machine()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
     kind = (here["gpu"] or "cpu").lower().replace(" ", "-")
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}-{kind}.json"
     content = {
         "benchmark": name, "date": time.strftime("%Y-%m-%d"), "command": "python -m " + " ".join(
-            [f"benchmarks.{name}", *(Path(word).name for word in sys.argv[1:])]  # where files lie tells nobody
+            # Where files lie tells nobody.
+            [f"benchmarks.{name.partition('-')[0]}", *(Path(word).name for word in sys.argv[1:])]
         ), "commit": commit + (" with changes" if dirty else ""), "machine": here, "versions": _versions(),
         "goals": goals, "rows": rows,
     } | more  # fmt: skip

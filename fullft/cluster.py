@@ -353,11 +353,16 @@ def available_host_memory() -> int:
 def host_report() -> dict[str, str]:
     """Versions and hardware of this host, for env.json."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    report = {name: version(name) for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py")}
+    report = {}
+    for name in ("torch", "deepspeed", "transformers", "datasets", "wandb", "mpi4py"):
+        try:
+            report[name] = version(name)
+        except PackageNotFoundError:  # wandb or mpi4py, which not every run needs
+            report[name] = "not installed"
     report |= {"python": platform.python_version(), "host": socket.gethostname(), "cpu_count": str(os.cpu_count())}
     report["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     try:

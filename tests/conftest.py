@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))  # benchmarks
 sys.path.insert(0, str(REPOSITORY / "launch"))  # quickstart.py has the tokenizer and the random model
 
-CPU_RANKS = {
-    "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}  # fmt: skip
+GPU = os.environ.get("FULLFT_TEST_GPU") == "1"  # for `pytest -m gpu`, which leaves the other tests out
+ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+CPU_RANKS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"} | ({} if GPU else ON_CPU)
 os.environ |= CPU_RANKS
 
 import warm  # noqa: E402
@@ -33,6 +33,16 @@ TEXTS = [
     "A model that learns a narrow task may forget what it knew before.",
     "Every token of the answer is a target, and nothing else is.",
 ]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not GPU:
+            pytest.skip("needs a GPU and FULLFT_TEST_GPU=1")
+        if not torch.cuda.is_available():
+            pytest.skip("torch finds no GPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,114 @@
+"""The contenders of benchmarks.step and benchmarks.kernels, each a program for one rank:
+
+python -m benchmarks.contenders fullft|bare RECIPE.yaml [key=value …] --turns FD
+python benchmarks/trl_contender.py …                                              (TRL, in its own environment)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.turns import Ended, Turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=["fullft", "bare"])
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--turns", type=int, required=True)
+    arguments = parser.parse_intermixed_args()
+    turns = Turns(arguments.turns)
+
+    from fullft import cluster
+    from fullft.recipe import load_recipe
+
+    me, recipe = cluster.discover(), load_recipe(arguments.recipe, arguments.overrides)
+    inputs = preflight(recipe, me.world_size)
+    cluster.join(me, recipe.train.timeout_minutes)
+    if arguments.kind == "fullft":
+        turns.end(**fullft(recipe, me, inputs, turns))
+    turns.end(**bare(recipe, me, inputs, turns))
+
+
+def preflight(recipe: Any, ranks: int, on_gpu: bool | None = None) -> Any:
+    """fullft's, without the room on disk for checkpoints and export: runs here are left before they write any."""
+    from fullft import preflight
+
+    preflight._room_problems = lambda *_: []
+    return preflight.preflight(recipe, ranks, on_gpu)
+
+
+class Watched:
+    """`Batches` that tells when the loop asks for those of a step, which is where a step of the loop begins."""
+
+    def __init__(self, batches: Any, turns: Turns) -> None:
+        self._batches, self._turns = batches, turns
+
+    def of_step(self, step: int, rank: int) -> Any:
+        self._turns.step_begins()
+        return self._batches.of_step(step, rank)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+
+def fullft(recipe: Any, me: Any, inputs: Any, turns: Turns) -> dict[str, Any]:
+    """The whole of `fullft.trainer.train`, as launch/train.py calls it; it is left where its last turn ends."""
+    import dataclasses
+
+    from fullft import signals
+    from fullft.trainer import train
+
+    signals.listen(recipe, me)
+    signals.enter("loading")
+    try:
+        train(recipe, me, dataclasses.replace(inputs, batches=Watched(inputs.batches, turns)))
+    except Ended:
+        rows = [json.loads(line) for line in (Path(recipe.run_dir) / "metrics.jsonl").read_text().splitlines()]
+        return {"losses": [row["train/loss"] for row in rows if "train/loss" in row]}
+    raise RuntimeError("the run ended before its last turn: train.steps is too small")
+
+
+def bare(recipe: Any, me: Any, inputs: Any, turns: Turns) -> dict[str, Any]:
+    """The least that trains the same model on the same batches: no metrics, no signals, no checkpoints, no checks.
+    Batches, and their numbers of labels, are there before the first step."""
+    import torch
+    import torch.distributed as dist
+
+    from fullft import model
+    from fullft.engine import offloads_optimizer, start
+    from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+    from fullft.optim import build_optimizer
+
+    torch.manual_seed(recipe.train.seed)
+    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
+    optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
+    engine = start(loaded, optimizer, inputs.deepspeed_config)
+    steps = [list(inputs.batches.of_step(step, me.rank)) for step in range(inputs.total_steps)]
+    labels = torch.tensor([float(sum((one.labels != IGNORE).sum() for one in step)) for step in steps])
+    labels = labels.to(engine.device)
+    dist.all_reduce(labels)
+    sums = []
+    try:
+        for step, batches in enumerate(steps):
+            turns.step_begins()
+            sums.append(torch.zeros((), dtype=torch.float64, device=engine.device))
+            for batch in (batch.to(engine.device) for batch in batches):
+                logits, wanted = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
+                nats = token_cross_entropy(logits, wanted).sum()
+                sums[-1] += nats.detach()
+                engine.backward(nats / labels[step] * me.world_size, scale_wrt_gas=False)
+            engine.step()
+    except Ended:
+        losses = torch.stack(sums)
+        dist.all_reduce(losses)
+        return {"losses": (losses / labels[: len(sums)]).tolist()}
+    raise RuntimeError("the run ended before its last turn: train.steps is too small")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Each switch of a recipe on and off: time of a step, peak memory, and the losses of the first steps.
+
+    python -m benchmarks.kernels [--quick] [--size small] [--only SWITCH …] [key=value …]
+
+A row is fullft with one key changed, beside the recipe as it is, on the same batches. On CPU, and where they fit into
+the GPU's memory, all of a switch take turns with the recipe as it is; else one after the other. What this version of
+the recipe does not know, or what cannot run here, is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import matmul
+from benchmarks.common import write
+from benchmarks.models import SHAPES, parameters
+from benchmarks.step import (
+    FULLFT,
+    Setting,
+    all_fit,
+    loss_difference,
+    on_cpu,
+    prepare_inputs,
+    row,
+    write_sequences,
+)
+from benchmarks.turns import OUT_OF_TIME, WARM_UP, Contender, alternate, end_in_time, one_by_one, ratio
+
+ROOT = Path(__file__).parent.parent
+BASE = "as it is"
+
+# Of each switch: name of a row → overrides of the recipe.
+SWITCHES: dict[str, dict[str, list[str]]] = {
+    "attention": {name: [f"model.attention={name}"] for name in
+                  ("auto", "varlen", "sdpa", "eager", "flash_attention_2", "flash_attention_3")},
+    "checkpointing": {name: [f"train.activation_checkpointing={name}"] for name in
+                      ("none", "selective", "full", "offload", "auto")},
+    "kernels": {name: [f"train.kernels={name}"] for name in ("none", "liger", "auto")},
+    "mlp_tiles": {str(tiles): [f"train.mlp_tiles={tiles}"] for tiles in (2, 8)},
+    "precision": {name: [f"train.precision={name}"] for name in ("bf16", "fp32")},
+    "deepspeed": {name: [f"deepspeed=ds_configs/{name}.json"] for name in
+                  sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))},
+}  # fmt: skip
+
+
+def main() -> None:
+    arguments = parse()
+    end_in_time()
+    cpu = on_cpu()
+    total = WARM_UP + arguments.turns * arguments.steps + 1
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="fullft-benchmark-", dir=arguments.folder) as name:
+        setting = Setting(Path(name), arguments.size, arguments.length, arguments.ranks, cpu)
+        setting.recipe["data"]["train"] = prepare_inputs(setting, arguments)
+        setting.recipe["train"] |= {"steps": total, "global_batch_size": setting.ranks * arguments.accumulation}
+        counts = write_sequences(setting, arguments.overrides)
+        rate = matmul.best(setting.ranks, cpu)
+        conditions = {
+            "size": arguments.size, "parameters": parameters(arguments.size), "sequence_length": arguments.length,
+            "ranks": setting.ranks, "turns": arguments.turns, "steps_of_a_turn": arguments.steps, "counts": counts,
+            "overrides": arguments.overrides, "matmul_flops_per_second": rate,
+        }  # fmt: skip
+        for switch in arguments.only or SWITCHES:
+            rows += measure(switch, setting, arguments, counts, rate)
+            print(table([one for one in rows if one["switch"] == switch]), flush=True)
+            # After each: what is measured is kept when the rest takes too long.
+            kind = "kernels" if cpu else f"kernels-{arguments.size}"
+            write(kind, {"switches": rows}, [], conditions=conditions)
+            if any(OUT_OF_TIME in one.get("not_measured", "") for one in rows):
+                break
+    failed = [one for one in rows if "not_measured" in one]
+    print(f"{len(rows) - len(failed)} rows measured, {len(failed)} not")
+    sys.exit(not any("step_seconds" in one for one in rows))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="under five minutes on two cores: few turns")
+    parser.add_argument("--only", nargs="+", choices=list(SWITCHES), metavar="SWITCH", help=", ".join(SWITCHES))
+    parser.add_argument("--size", choices=list(SHAPES), help="default: small on CPU, 1b on GPU")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default: 1024 on CPU, 8192 on GPU")
+    parser.add_argument("--accumulation", type=int, default=1, help="sequences of a step, of each rank")
+    parser.add_argument("--ranks", type=int, help="default: 2 on CPU, 1 on GPU")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], help="chats; default: Python's documentation")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a tokenizer; default: trained on that documentation")
+    parser.add_argument("--turns", type=int, help="turns of each row; default: 8 (quick: 3)")
+    parser.add_argument("--steps", type=int, help="steps of a turn; default: 1 on CPU, 5 on GPU")
+    parser.add_argument("--folder", type=Path, help="where model and runs are written; default: temporary")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of all rows")
+    found = parser.parse_intermixed_args()
+    cpu = on_cpu()
+    found.size = found.size or ("small" if cpu else "1b")
+    found.length = found.length or (1024 if cpu else 8192)
+    found.ranks = found.ranks or (2 if cpu else 1)
+    found.turns = found.turns or (3 if found.quick else 8)
+    found.steps = found.steps or (1 if cpu else 5)
+    return found
+
+
+def measure(
+    switch: str, setting: Setting, arguments: argparse.Namespace, counts: dict[str, float], rate: float
+) -> list[dict[str, Any]]:
+    """The rows of a switch, the recipe as it is among them."""
+    contenders, why = [], {}
+    for value, changed in {BASE: [], **SWITCHES[switch]}.items():
+        name = f"{switch}-{value.replace(' ', '-')}"
+        recipe, overrides = setting.write_recipe(name), [*arguments.overrides, *changed]
+        contender = Contender(value, [*FULLFT, "fullft", str(recipe), *overrides], setting.ranks)
+        if problem := unknown(recipe, overrides):
+            why[value] = problem
+        else:
+            contenders.append(contender)
+    together = all_fit(setting, {one.name: one for one in contenders})
+    if together:
+        failed = alternate(contenders, setting.folder, turns=arguments.turns, steps=arguments.steps, cpu=setting.cpu)
+    else:
+        failed = one_by_one(contenders, setting.folder, rounds=1, steps=arguments.steps, cpu=setting.cpu)
+    why |= {name: last_line(text).replace(f"{setting.folder}/", "") for name, text in failed.items()}
+    why |= {one.name: f"not {OUT_OF_TIME}" for one in contenders if not one.turns and one.name not in why}
+    found, base = [], contenders[0]
+    for value, changed in {BASE: [], **SWITCHES[switch]}.items():
+        one: dict[str, Any] = {"switch": switch, "value": value, "overrides": changed, "together": together}
+        contender = next((each for each in contenders if each.name == value), base)
+        if value in why:
+            found.append(one | {"not_measured": why[value]})
+            continue
+        one |= row(contender, counts, setting, rate)
+        if base.turns:
+            one["seconds_of_base"] = ratio(contender, base, "seconds")
+            one["cpu_seconds_of_base"] = ratio(contender, base, "cpu_seconds")
+        if base.results and contender.results:
+            one["peak_of_base"] = one["peak_bytes"] / max(each["memory"]["peak_bytes"] for each in base.results)
+            one["loss_difference"] = loss_difference(one, base.results[0])
+        found.append(one)
+    return found
+
+
+def last_line(text: str) -> str:
+    """Of what a contender said: its error."""
+    return text.strip().splitlines()[-1].removeprefix("[rank0]: ")[:300]
+
+
+def unknown(recipe: Path, overrides: list[str]) -> str:
+    """Why this version cannot have the recipe; empty if it can."""
+    from fullft.errors import BadInput
+    from fullft.recipe import load_recipe
+
+    try:
+        load_recipe(recipe, overrides)
+    except BadInput as error:
+        return f"not in this version: {'; '.join(error.problems)}"
+    return ""
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = f"{'s/step':>8} {'× base':>7} {'CPU × base':>10} {'tokens/s':>9} {'peak GiB':>9} {'loss diff':>9}"
+    lines = [f"{'switch':14} {'value':18} {columns}"]
+    for one in rows:
+        start = f"{one['switch']:14} {one['value']:18} "
+        if "not_measured" in one:
+            lines.append(f"{start}{one['not_measured']}")
+            continue
+        times = [one.get(key, {}).get("median", float("nan")) for key in ("seconds_of_base", "cpu_seconds_of_base")]
+        lines.append(
+            f"{start}{one['step_seconds']:8.3f} {times[0]:7.3f} {times[1]:10.3f} {one['tokens_per_second']:9.0f} "
+            f"{one.get('peak_bytes', 0) / 2**30:9.2f} {one.get('loss_difference', float('nan')):9.1e}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
