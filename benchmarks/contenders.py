@@ -79,34 +79,37 @@ def bare(recipe: Any, me: Any, inputs: Any, turns: Turns) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from fullft import model
+    from fullft import activations, kernels, model
     from fullft.engine import offloads_optimizer, start
-    from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+    from fullft.head import Head
+    from fullft.loss import IGNORE, LabelWeights
     from fullft.optim import build_optimizer
 
     torch.manual_seed(recipe.train.seed)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
+    kernels.apply(loaded, inputs.plan["kernels"], inputs.plan["activation_checkpointing"])
+    activations.enable(loaded, inputs.plan["activation_checkpointing"])
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)
+    head = Head(engine)
     steps = [list(inputs.batches.of_step(step, me.rank)) for step in range(inputs.total_steps)]
-    labels = torch.tensor([float(sum((one.labels != IGNORE).sum() for one in step)) for step in steps])
-    labels = labels.to(engine.device)
-    dist.all_reduce(labels)
-    sums = []
+    counts = torch.tensor([float(sum((one.labels != IGNORE).sum() for one in step)) for step in steps])
+    counts = counts.to(engine.device)
+    dist.all_reduce(counts)
+    labels, sums = counts.tolist(), list[Any]()
     try:
         for step, batches in enumerate(steps):
             turns.step_begins()
             sums.append(torch.zeros((), dtype=torch.float64, device=engine.device))
             for batch in (batch.to(engine.device) for batch in batches):
-                logits, wanted = labelled_logits(engine, batch.input_ids, batch.position_ids, batch.labels)
-                nats = token_cross_entropy(logits, wanted).sum()
-                sums[-1] += nats.detach()
-                engine.backward(nats / labels[step] * me.world_size, scale_wrt_gas=False)
+                loss, nats, _ = head.loss(batch, LabelWeights(1 / labels[step], 0.0, 0.0))
+                sums[-1] += nats.sum()
+                engine.backward(loss * me.world_size, scale_wrt_gas=False)
             engine.step()
     except Ended:
         losses = torch.stack(sums)
         dist.all_reduce(losses)
-        return {"losses": (losses / labels[: len(sums)]).tolist()}
+        return {"losses": (losses / counts[: len(sums)]).tolist()}
     raise RuntimeError("the run ended before its last turn: train.steps is too small")
 
 
