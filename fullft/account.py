@@ -20,7 +20,6 @@ import torch
 from fullft import watchdog
 from fullft.data.batches import Batch
 from fullft.flops import Flops, document_lengths
-from fullft.loss import IGNORE
 
 _PARTS = {
     "data": "data", "token count": "communication", "forward": "forward", "backward": "backward",
@@ -88,7 +87,7 @@ class Account:
         train.kl_reference, is in neither.)"""
         if self._flops is None:
             return 0.0, 0.0
-        needed = run = 3 * self._flops.forward(0, sum(int((batch.labels != IGNORE).sum()) for batch in batches))
+        needed = run = 3 * self._flops.forward(0, sum(sum(batch.labelled.counts) for batch in batches))
         for batch in batches:
             with_padding, lengths = document_lengths(batch.documents.ends, batch.lengths)
             # Ranks that share rows have some of the heads each.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fullft.data.batches import Batch
-from fullft.loss import IGNORE, LabelWeights, cross_entropy, forward, labelled_logits, positions_with_label
+from fullft.loss import LabelWeights, cross_entropy, forward
 
 # Of the logits of a chunk. The gradient of the weight is read and written once a chunk, so on GPUs, which are waiting
 # for memory, chunks are large; on CPUs small ones stay in memory that the process has already.
@@ -67,15 +67,13 @@ class Head:
             this micro-batch's part of the step's loss, a scalar, exact but for round-off; -ln p of the labels of each
             row, summed, [batch] fp32 without gradient; the divergence likewise.
         """
-        rows, columns = (batch.labels != IGNORE).nonzero(as_tuple=True)
-        terms = _Terms(batch.labels[rows, columns], batch.replay[rows], weights)
+        rows = batch.labelled.rows
+        terms = _Terms(batch.labelled.targets, batch.replay[rows], weights)
         opened = divergence_of(batch) if divergence_of else contextlib.nullcontext()
         if self._transform is None:
-            logits, labels = labelled_logits(
-                self._engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents
-            )
+            logits = self._whole(batch)
             with opened as divergence:
-                loss, nats, kl = terms.loss(logits[labels != IGNORE], divergence)
+                loss, nats, kl = terms.loss(logits, divergence)
         else:
             transform, sums = self._transform, list[torch.Tensor]()
 
@@ -100,10 +98,7 @@ class Head:
             from one number to another, counted row after row
         """
         if self._transform is None:
-            logits, labels = labelled_logits(
-                self._engine, batch.input_ids, batch.position_ids, batch.labels, batch.documents
-            )
-            whole = logits[labels != IGNORE]
+            whole = self._whole(batch)
             return contextlib.nullcontext(lambda first, last: whole[first:last].float())
         hidden: list[torch.Tensor] = []
 
@@ -113,6 +108,12 @@ class Head:
 
         self._run(batch, keep)
         return self._logits(hidden[0], self._transform)
+
+    def _whole(self, batch: Batch) -> torch.Tensor:
+        """Logits of all labels, [labels, vocabulary]."""
+        where = batch.labelled
+        logits = forward(self._engine, batch.input_ids, batch.position_ids, where.kept, batch.documents)
+        return logits.flatten(0, 1)[where.places]  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def _logits(self, hidden: torch.Tensor, transform: Transform) -> Iterator[Callable[[int, int], torch.Tensor]]:
@@ -126,16 +127,17 @@ class Head:
         """Forward pass whose head is a function of the hidden states of labelled positions, [labels, hidden], with a
         scalar; returns the scalar."""
         assert self._transform is not None
-        kept = positions_with_label(batch.labels)
-        wanted = (batch.labels[:, kept] != IGNORE).flatten().nonzero().squeeze(1)
+        where = batch.labelled
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
             # Where a model has a softcap the scalar passes it; a small number passes it unchanged.
-            return _SMALL * instead(hidden.flatten(0, 1)[wanted]).view(1, 1, 1)
+            return _SMALL * instead(hidden.flatten(0, 1)[where.places]).view(1, 1, 1)
 
         with _replaced(self._module, head):
-            passed: torch.Tensor = forward(self._engine, batch.input_ids, batch.position_ids, kept, batch.documents)
-        return passed.sum() / (_SMALL * self._transform.scale)
+            passed: torch.Tensor = forward(
+                self._engine, batch.input_ids, batch.position_ids, where.kept, batch.documents
+            )
+        return passed.sum() / (_SMALL * self._transform.scale)  # type: ignore[no-any-return]
 
 
 _SMALL = 2.0**-20

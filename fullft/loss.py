@@ -23,6 +23,31 @@ def positions_with_label(labels: torch.Tensor) -> torch.Tensor:
     return kept if kept.numel() else torch.zeros(1, dtype=torch.int64, device=labels.device)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """Where the labels of a micro-batch are, row after row; found on the host, so that no launch waits for the GPU."""
+
+    kept: torch.Tensor  # as of `positions_with_label`
+    places: torch.Tensor  # [labels] int64: their numbers among the batch · kept positions
+    rows: torch.Tensor  # [labels] int64
+    targets: torch.Tensor  # [labels] int64
+    counts: tuple[int, ...]  # of each row
+
+    @staticmethod
+    def of(labels: torch.Tensor) -> Labelled:
+        """`labels`: [batch, sequence] in host memory."""
+        kept, (rows, columns) = positions_with_label(labels), (labels != IGNORE).nonzero(as_tuple=True)
+        places = rows * len(kept) + torch.searchsorted(kept, columns)
+        return Labelled(
+            kept, places, rows, labels[rows, columns], tuple((labels != IGNORE).sum(1).tolist())
+        )  # fmt: skip
+
+    def to(self, device: torch.device | str) -> Labelled:
+        tensors = (self.kept, self.places, self.rows, self.targets)
+        kept, places, rows, targets = (one.to(device, non_blocking=True) for one in tensors)
+        return Labelled(kept, places, rows, targets, self.counts)
+
+
 def forward(
     model: Any,
     input_ids: torch.Tensor,

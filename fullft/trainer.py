@@ -30,7 +30,7 @@ from fullft.engine import for_evaluation, offloads_optimizer, start, with_parame
 from fullft.errors import BadInput, Preempted
 from fullft.flops import flops_and_peak
 from fullft.head import Head
-from fullft.loss import IGNORE, LabelWeights
+from fullft.loss import LabelWeights
 from fullft.optim import build_optimizer, learning_rate
 from fullft.preflight import Inputs
 from fullft.profiling import Profile
@@ -108,7 +108,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
             # 1. Forward pass, whose last module is the loss: the head makes logits of some positions at a time, of them
             # 2. Token cross-entropy and, of replay rows, divergence from the base model; nats and kl: sums of each row
             loss, nats, kl = head.loss(batch, weights, kl_of_replay)
-            sums += torch.stack([nats[~batch.replay].sum(), nats[batch.replay].sum(), kl.sum()])
+            of_replay = torch.where(batch.replay, nats, 0.0).sum()
+            sums += torch.stack([nats.sum() - of_replay, of_replay, kl.sum()])
             # 3. Backward pass. ZeRO averages gradients over the ranks, and the loss is a sum over them, hence × ranks.
             account.phase("backward")
             engine.backward(loss * cluster.world_size, scale_wrt_gas=False)
@@ -280,8 +281,9 @@ def require_same(resumed: dict[str, Any], recipe: Recipe, batches: Batches) -> N
 def count_tokens(batches: list[Batch], device: Any, *more: float) -> tuple[int, ...]:
     """(labels of task rows, of replay rows, tokens without padding, and what more is to be summed) of the global batch:
     all micro-batches of all ranks."""
-    labels = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-    replay = sum(int((batch.labels[batch.replay] != IGNORE).sum()) for batch in batches)
+    labels = sum(sum(batch.labelled.counts) for batch in batches)
+    counts = [zip(batch.labelled.counts, batch.is_replay, strict=True) for batch in batches]
+    replay = sum(count for rows in counts for count, is_replay in rows if is_replay)
     tokens = sum(batch.tokens for batch in batches)
     return tuple(int(count) for count in sum_over_ranks(labels - replay, replay, tokens, *more, device=device))
 

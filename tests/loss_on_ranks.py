@@ -68,7 +68,7 @@ def batch_of(rank: int) -> Batch:
     if rank and rank == dist.get_world_size() - 1:
         labels[:] = IGNORE
     positions = torch.arange(LENGTH).expand(2, -1).contiguous()
-    return Batch(ids, positions, labels, 2 * LENGTH, torch.tensor([False, True]), ((0, 0), (1, 0)), True)
+    return Batch.of(ids, positions, labels, (LENGTH, LENGTH), (False, True), ((0, 0), (1, 0)))
 
 
 class TopK:

@@ -17,7 +17,6 @@ from test_checkpoint import kill_after
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from fullft.data.batches import Batch
-from fullft.documents import Documents
 from fullft.loss import IGNORE
 from fullft.tiles import tile_mlps
 
@@ -164,10 +163,8 @@ def test_parts_of_a_batch_make_up_the_whole() -> None:
     ids = torch.arange(48).view(2, 24)
     positions = torch.cat([torch.arange(10), torch.arange(9), torch.arange(5)]).expand(2, 24).contiguous()
     labels = torch.where(ids % 3 == 0, ids, IGNORE)
-    told = Documents.of(positions)
-    batch = Batch(
-        ids, positions, labels, 19 + 24, (19, 24), torch.tensor([False, True]), ((0, 1), (1, 1)), True, told, (0, 0)
-    )
+    batch = Batch.of(ids, positions, labels, (19, 24), (False, True), ((0, 1), (1, 1)))
+    told = batch.documents
     parts = [batch.part(number, 4) for number in range(4)]
     for name in ("input_ids", "position_ids", "labels"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], dim=1), getattr(batch, name))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fullft.data.mixture import Mixture
 from fullft.data.sequences import Sequences
 from fullft.documents import Documents
-from fullft.loss import IGNORE
+from fullft.loss import IGNORE, Labelled
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,32 @@ class Batch:
     replay_on_a_rank: bool  # some rank has a replay row in this micro-step; the same on all
     documents: Documents  # of whole rows, also where this is a part of them
     labels_before: tuple[int, ...]  # of each row, in the parts before this one
+    labelled: Labelled
+    is_replay: tuple[bool, ...]  # `replay`, on the host
+
+    @staticmethod
+    def of(
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        labels: torch.Tensor,
+        lengths: Sequence[int],
+        is_replay: Sequence[bool],
+        sequences: Sequence[tuple[int, int]],
+    ) -> Batch:
+        """From tensors in host memory; a replay row is thought to be on some rank if one is here."""
+        return Batch(
+            input_ids, position_ids, labels, sum(lengths), tuple(lengths), torch.tensor(is_replay), tuple(sequences),
+            any(is_replay), Documents.of(position_ids), (0,) * len(labels), Labelled.of(labels), tuple(is_replay),
+        )  # fmt: skip
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
             tensor.to(device, non_blocking=True)
             for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
         )
-        documents = self.documents.to(device)
         return replace(
-            self, input_ids=ids, position_ids=positions, labels=labels, replay=replay, documents=documents
+            self, input_ids=ids, position_ids=positions, labels=labels, replay=replay,
+            documents=self.documents.to(device), labelled=self.labelled.to(device),
         )  # fmt: skip
 
     def part(self, number: int, parts: int) -> Batch:
@@ -54,8 +71,9 @@ class Batch:
         # Of each row the tokens come first, then the padding.
         tokens = sum(min(max(length - columns.start, 0), width) for length in self.lengths)
         before = (self.labels[:, : columns.start] != IGNORE).sum(1).tolist()
+        labels = self.labels[:, columns].contiguous()
         return replace(
-            self, input_ids=self.input_ids[:, columns].contiguous(), labels=self.labels[:, columns].contiguous(),
+            self, input_ids=self.input_ids[:, columns].contiguous(), labels=labels, labelled=Labelled.of(labels),
             position_ids=self.position_ids[:, columns].contiguous(), tokens=tokens, labels_before=tuple(before),
             documents=replace(self.documents, ranks=parts),
         )  # fmt: skip
@@ -219,11 +237,8 @@ class Batches:
         for row, (one, sequence) in enumerate(rows):
             end = _fill(one, sequence, ids[row].numpy(), positions[row].numpy(), labels[row].numpy())
             positions[row, end:] = torch.arange(width - end)
-        replay = torch.tensor([of_set >= self.first_replay for of_set, _ in chosen])
-        return Batch(
-            ids, positions, labels, sum(lengths), tuple(lengths), replay, tuple(chosen), bool(replay.any()),
-            Documents.of(positions), (0,) * len(rows),
-        )  # fmt: skip
+        is_replay = [of_set >= self.first_replay for of_set, _ in chosen]
+        return Batch.of(ids, positions, labels, lengths, is_replay, chosen)
 
 
 def _fill(one: Sequences, sequence: int, ids: NDArray[Any], positions: NDArray[Any], labels: NDArray[Any]) -> int:

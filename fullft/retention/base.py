@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import time
@@ -116,7 +117,7 @@ class ReferenceDivergence:
                 log_p, log_q = of_base(first, last).log_softmax(-1), logits.float().log_softmax(-1)
                 return (log_p.exp() * (log_p - log_q)).sum(-1)
 
-            yield _on_rows(_labels_of(batch, batch.replay.nonzero()[:, 0].tolist()), nats)
+            yield _on_rows(_labels_of(batch, [row for row, one in enumerate(batch.is_replay) if one]), nats)
 
 
 class ReplayDivergence:
@@ -146,7 +147,7 @@ class ReplayDivergence:
 
 def _labels_of(batch: Batch, rows: list[int]) -> dict[int, range]:
     """The labels of these rows, as their numbers among all of the batch, row after row."""
-    ends = (batch.labels != IGNORE).sum(1).cumsum(0).tolist()
+    ends = list(itertools.accumulate(batch.labelled.counts))
     return {row: range(ends[row - 1] if row else 0, ends[row]) for row in rows}
 
 
