@@ -220,8 +220,8 @@ def load(
         BadInput: the weights do not fit the config.
     """
     started, dtype = time.perf_counter(), precision(recipe)
-    attention = attention_of(recipe.model)
     unset_hf_deepspeed_config()  # of a model that was loaded before: this one would be built whole, then cut
+    attention = attention_of(recipe.model)
     folder = files(recipe.model, weights=True)
     with _parameters_on_meta():
         model = _from_config(recipe.model, tokenizer, attention.name, dtype)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Launch, chats, losses, metrics, write_jsonl
+from ranks import Ranks
 from safetensors.torch import load_file
 from test_architectures import SMALL, save_model
 from test_bad_input import problem
@@ -124,6 +125,25 @@ def test_a_run_goes_on_with_other_ranks_and_parts(shared: dict[str, Any], launch
     done = launch(killed, "train.sequence_parallel=4", ranks=4)
     assert "resumed from" in done.stdout
     require_same(killed, whole)
+
+
+MIXES = """
+import torch
+from fullft import attention
+apart = attention._one_by_one
+def together(query, key, value, ends, *more):  # a row is a document
+    return apart(query, key, value, torch.tensor([0, query.shape[2]]), *more)
+attention._one_by_one = together
+"""
+
+
+@pytest.mark.ranks
+def test_attention_that_mixes_documents_is_found_before_the_first_step(shared: dict[str, Any]) -> None:
+    shared["train"]["sequence_parallel"] = 2
+    with Ranks(shared, 2, MIXES) as ranks:
+        assert ranks.codes() == [2, 2]
+        assert "with varlen, LlamaForCausalLM lets packed documents see each other" in ranks.output
+    assert not (Path(shared["run_dir"]) / "metrics.jsonl").exists()
 
 
 @pytest.mark.ranks
