@@ -3,8 +3,8 @@
 One run of `launch/train.py`'s loop on 2 ranks, whose steps take turns in a shuffled order: with the account; without
 it, DeepSpeed's own methods put back; and with every call of the account timed. What it costs is the median over the
 rounds of a step with it over one without. Other work on the machine moves that by percents, so the sum of the timed
-calls, which has the clocks' own cost in it, is the figure that can be held to half a percent: of the step's time, and
-of its processor time, which is less than that where ranks wait for cores.
+calls, with the clocks' own cost in it, is the figure that can be held to half a percent: of the step's time, and of its
+processor time, which is less than that where ranks wait for cores.
 """
 
 from __future__ import annotations
