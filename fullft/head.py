@@ -219,13 +219,16 @@ def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _add_product(total: torch.Tensor, of_logits: torch.Tensor, hidden: torch.Tensor) -> None:
-    """total += of_logitsᵀ · hidden, in the dtype of total."""
+    """total += of_logitsᵀ · hidden, summed in the dtype of total."""
     if total.dtype == hidden.dtype:
         total.addmm_(of_logits.t(), hidden)
-    elif total.is_cuda:  # the product is never rounded to 16 bits
-        torch.addmm(total, of_logits.t(), hidden, out_dtype=total.dtype, out=total)
-    else:
+    elif not total.is_cuda:
         total.addmm_(of_logits.t().float(), hidden.float())
+    else:  # addmm takes an fp32 sum of bf16 products in some versions of torch only; so in blocks, for their memory
+        block = max(1, (1 << 26) // hidden.shape[1])
+        exact: dict[str, Any] = {} if torch.version.hip else {"out_dtype": total.dtype}
+        for rows, columns in zip(torch.split(total, block), torch.split(of_logits, block, dim=1), strict=True):
+            rows += torch.mm(columns.t(), hidden, **exact)
 
 
 @contextlib.contextmanager

@@ -45,8 +45,8 @@ def _functions() -> dict[str, Any]:
 def apply(model: Any, kernels: str, checkpointing: str) -> None:
     """Replace the modules' functions; parameters stay as they are. Before the engine is started.
 
-    Liger's rotary embedding may write over its input, which selective checkpointing has kept to use again: it stays
-    off there.
+    Liger's rotary embedding writes over its input, behind autograd's back, and selective checkpointing has kept that to
+    use again: it stays off there.
     """
     if kernels == "none":
         return

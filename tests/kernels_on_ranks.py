@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 
 from fullft import activations, cluster, kernels
 from fullft.engine import start
@@ -20,10 +20,10 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 97, "pad_token_id": None,
 }  # fmt: skip
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SIZES), "qwen3": Qwen3Config(**SIZES), "mistral": MistralConfig(**SIZES),
-    "gemma": GemmaConfig(**SIZES),
-}  # fmt: skip
+CONFIGS: dict[str, PretrainedConfig] = {"llama": LlamaConfig(**SIZES), "qwen3": Qwen3Config(**SIZES)}
+# selective first: liger's rotary embedding, which it leaves out, is there for good once it is taken. Few, since an
+# interpreted step takes seconds.
+CASES = (("llama", "selective"), ("llama", "none"), ("qwen3", "none"))
 
 
 def mend_interpreter() -> None:
@@ -58,9 +58,9 @@ def run(config: PretrainedConfig, chosen: str, checkpointing: str) -> dict[str, 
     losses = []
     for step in range(2):
         torch.manual_seed(step * 100 + dist.get_rank())
-        ids = torch.randint(97, (1, 24), device=engine.device)
-        positions = torch.tensor([[*range(14), *range(10)]], device=engine.device)
-        logits = forward(engine, ids, positions, torch.arange(24, device=engine.device))
+        ids = torch.randint(97, (1, 12), device=engine.device)
+        positions = torch.tensor([[*range(7), *range(5)]], device=engine.device)
+        logits = forward(engine, ids, positions, torch.arange(12, device=engine.device))
         loss = torch.nn.functional.cross_entropy(logits[0].float(), ids[0].roll(-1))
         engine.backward(loss)
         engine.step()
@@ -77,15 +77,14 @@ def main() -> None:
         mend_interpreter()
     found: dict[str, Any] = {}
     plain = {name: run(config, "none", "none") for name, config in CONFIGS.items()}  # liger changes classes for good
-    for name, config in CONFIGS.items():
-        for mode in ("none", "selective", "full"):
-            one = run(config, "liger", mode)
-            found[f"{name}, {mode}"] = {
-                "loss": max(abs(a - b) for a, b in zip(one["losses"], plain[name]["losses"], strict=True)),
-                "weights": float((one["weights"] - plain[name]["weights"]).abs().max()),
-                "fused": one["fused"] - plain[name]["fused"],
-                "moved": abs(one["losses"][0] - one["losses"][1]),
-            }
+    for name, mode in CASES:
+        one = run(CONFIGS[name], "liger", mode)
+        found[f"{name}, {mode}"] = {
+            "loss": max(abs(a - b) for a, b in zip(one["losses"], plain[name]["losses"], strict=True)),
+            "weights": float((one["weights"] - plain[name]["weights"]).abs().max()),
+            "fused": one["fused"] - plain[name]["fused"],
+            "moved": abs(one["losses"][0] - one["losses"][1]),
+        }
     if me.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.barrier()

@@ -24,7 +24,7 @@ INSTALLED = all(importlib.util.find_spec(name) for name in ("triton", "liger_ker
 @pytest.mark.skipif(not INSTALLED, reason="triton and liger-kernel are not installed")
 def test_training_is_the_same_with_fused_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    done = run_ranks(SCRIPT, str(tmp_path / "out.json"), ranks=2, cwd=tmp_path)
+    done = run_ranks(SCRIPT, str(tmp_path / "out.json"), ranks=2, cwd=tmp_path, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     for name, found in json.loads((tmp_path / "out.json").read_text()).items():
         assert found["fused"] >= 4, (name, found)
