@@ -235,7 +235,7 @@ def row(one: Contender, counts: dict[str, float], setting: Setting, rate: float)
         "tokens_per_second": counts["tokens_of_step"] / seconds,
         "labelled_tokens_per_second": counts["labelled_of_step"] / seconds,
         "tokens_per_cpu_second": counts["tokens_of_step"] / cpu,
-        "mfu_of_matmul": counts["flops_of_step"] / seconds / setting.ranks / rate,
+        "mfu_of_matmul": counts["flops_of_step"] / (cpu if setting.cpu else seconds * setting.ranks) / rate,
         "turns": one.turns,
     }  # fmt: skip
     if not one.results:  # cut off before it could tell
