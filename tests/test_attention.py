@@ -28,7 +28,7 @@ from transformers import (
 from fullft import attention
 from fullft.attention import Heads, try_layers, varlen
 from fullft.documents import Documents
-from fullft.loss import IGNORE, labelled_logits, token_cross_entropy
+from fullft.loss import IGNORE, cross_entropy, labelled_logits
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -86,6 +86,10 @@ def packed(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return ids, positions, labels
 
 
+def nats(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.flatten(0, 1), labels.flatten()).sum()
+
+
 def gradients(model: PreTrainedModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     loss.backward()
     return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
@@ -97,7 +101,7 @@ def alone(config: PretrainedConfig, rows: list[list[int]]) -> tuple[float, dict[
     for ids in itertools.chain(*map(documents, rows)):
         # What transformers itself does with one sequence: no packing, no padding, no position ids.
         logits = model(input_ids=ids[None], use_cache=False).logits
-        loss = loss + token_cross_entropy(logits, labels_of(ids)[None]).sum()
+        loss = loss + nats(logits, labels_of(ids)[None])
     return loss.item(), gradients(model, loss)
 
 
@@ -123,7 +127,7 @@ def test_packed_documents_have_loss_and_gradients_of_each_alone(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     ids, positions, labels = packed(rows)
     told = Documents.of(positions)
-    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels, told)).sum()
+    loss = nats(*labelled_logits(model, ids, positions, labels, told))
     require_same((loss.item(), gradients(model, loss)), alone(VARLEN[name], rows))
 
 
@@ -217,7 +221,7 @@ def test_the_gradient_needs_no_mask_of_sequence_squared() -> None:
     labels = torch.full_like(ids, IGNORE)
     labels[0, :10] = 7
     with Watch():
-        token_cross_entropy(*labelled_logits(model, ids, positions, labels, Documents.of(positions))).sum().backward()
+        nats(*labelled_logits(model, ids, positions, labels, Documents.of(positions))).backward()
     assert largest < length * length / 8
 
 
@@ -237,6 +241,6 @@ def test_transformers_gives_flash_attention_the_documents_of_every_row(monkeypat
     model.config._attn_implementation = "flash_attention_2"
     ids, positions, labels = packed(ROWS)
     told = Documents.of(positions)
-    loss = token_cross_entropy(*labelled_logits(model, ids, positions, labels, told)).sum()
+    loss = nats(*labelled_logits(model, ids, positions, labels, told))
     require_same((loss.item(), gradients(model, loss)), alone(VARLEN["llama, grouped heads"], ROWS))
     assert calls == [(told.ends.tolist(), 30)] * 2
