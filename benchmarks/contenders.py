@@ -84,10 +84,12 @@ def bare(recipe: Any, me: Any, inputs: Any, turns: Turns) -> dict[str, Any]:
     from fullft.head import Head
     from fullft.loss import IGNORE, LabelWeights
     from fullft.optim import build_optimizer
+    from fullft.tiles import tile_mlps
 
     torch.manual_seed(recipe.train.seed)
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer)
     kernels.apply(loaded, inputs.plan["kernels"], inputs.plan["activation_checkpointing"])
+    tile_mlps(loaded, recipe.train.mlp_tiles)
     activations.enable(loaded, inputs.plan["activation_checkpointing"])
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
     engine = start(loaded, optimizer, inputs.deepspeed_config)

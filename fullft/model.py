@@ -28,7 +28,6 @@ from fullft.errors import BadInput
 from fullft.optim import layer_of
 from fullft.recipe import Model, Recipe
 from fullft.shards import make_empty_shards, own_part, why_not_by_shards
-from fullft.tiles import tile_mlps
 from fullft.tokenizer import files, first_line, vocabulary_rows
 from fullft.weights import Part, Stored, Weights, locate, mean_row, read_parts
 
@@ -246,7 +245,6 @@ def load(
     for name, parameter in model.named_parameters():
         if parameter.ds_tensor.dtype != dtype:
             raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
-    tile_mlps(model, recipe.train.mlp_tiles)
     model.train()
     return model
 

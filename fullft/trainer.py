@@ -44,6 +44,7 @@ from fullft.retention.suite import flat_metrics
 from fullft.saver import Saver
 from fullft.shards import start_optimizer
 from fullft.state import remove_marker, set_state
+from fullft.tiles import tile_mlps
 from fullft.tracking import Tracker
 
 
@@ -222,6 +223,7 @@ def set_up(
     loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
     chosen, checkpointing = on_all(lambda: (inputs.plan["kernels"], inputs.plan["activation_checkpointing"]))
     kernels.apply(loaded, chosen, checkpointing)
+    tile_mlps(loaded, recipe.train.mlp_tiles)  # around what the kernels have put in
     activations.enable(loaded, checkpointing)
     end_loading_if_asked(recipe, cluster, "start of the engine")
     optimizer = build_optimizer(loaded, recipe.train, offloads_optimizer(inputs.deepspeed_config))
