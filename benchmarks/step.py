@@ -259,9 +259,9 @@ def compare(contenders: dict[str, Contender]) -> dict[str, Any]:
 
 
 def loss_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Largest difference between the losses of the same step, relative."""
+    """Largest difference between the losses of the same step, relative; -1 if they are not known."""
     pairs = list(zip(one.get("losses", []), other.get("losses", []), strict=False))
-    return max(abs(a - b) / abs(b) for a, b in pairs) if pairs else float("inf")
+    return max(abs(a - b) / abs(b) for a, b in pairs) if pairs else -1.0
 
 
 def goals(rows: dict[str, Any], ratios: dict[str, Any], cpu: bool) -> list[dict[str, Any]]:
@@ -273,17 +273,17 @@ def goals(rows: dict[str, Any], ratios: dict[str, Any], cpu: bool) -> list[dict[
         found.append(goal(f"overhead over a bare loop, {key}", "<= 0.02", overhead, overhead <= 0.02))
         limit = 1e-5 if cpu else 1e-2
         loss = loss_difference(rows["fullft"], rows["bare"])
-        found.append(goal("losses against the bare loop's, relative", f"<= {limit}", loss, loss <= limit))
+        found.append(goal("losses against the bare loop's, relative", f"<= {limit}", loss, 0 <= loss <= limit))
     if "trl/fullft" in ratios:
         times, least = ratios["trl/fullft"][key]["median"], 1.5 if cpu else 1.3
         found.append(goal(f"times TRL's tokens a second, {key}", f">= {least}", times, times >= least))
         limit = 1e-4 if cpu else 1e-2
         loss = loss_difference(rows["fullft"], rows["trl"])
-        found.append(goal("losses against TRL's, relative", f"<= {limit}", loss, loss <= limit))
+        found.append(goal("losses against TRL's, relative", f"<= {limit}", loss, 0 <= loss <= limit))
         if not cpu:  # there it is of the whole process, libraries included
             ours, theirs = (rows[name].get("peak_bytes", 0) for name in ("fullft", "trl"))
-            memory = ours / theirs if ours and theirs else float("inf")
-            found.append(goal("peak memory, of TRL's", "<= 0.7", memory, memory <= 0.7))
+            memory = ours / theirs if ours and theirs else -1.0
+            found.append(goal("peak memory, of TRL's", "<= 0.7", memory, 0 <= memory <= 0.7))
     if not cpu and "fullft" in rows:
         mfu = rows["fullft"]["mfu_of_matmul"]
         found.append(goal("model FLOP/s of a large matrix product's", ">= 0.55", mfu, mfu >= 0.55))
