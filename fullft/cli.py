@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 from fullft.recipe import Recipe, load_recipe
+from fullft.submit import NETWORKS
 
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
@@ -97,6 +98,30 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--recipe", help="whose tasks are measured (default: that of the run folder)")
     verb.add_argument("--out", type=Path, metavar="FOLDER", help="for blend.json (default: the run folder)")
 
+    verb = verbs.add_parser(
+        "submit",
+        usage="fullft submit RECIPE.yaml --nodes N --gpus-per-node G [options] [key.path=value ...] [--dry-run]",
+        help="check everything, then train as a Slurm job that is requeued until it is done",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--nodes", type=int, required=True, metavar="N")
+    verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="and ranks (default 8)")
+    verb.add_argument("--time", metavar="HH:MM:SS", help="limit of the job; runs that are longer go on in the next")
+    verb.add_argument("--partition", metavar="NAME")
+    verb.add_argument("--account", metavar="NAME")
+    verb.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of each rank, which are bound to it")
+    verb.add_argument("--network", choices=NETWORKS, default="plain", help="what NCCL is told (default plain)")
+    verb.add_argument("--container", metavar="IMAGE", help="for pyxis; an .sif file for apptainer")
+    verb.add_argument("--mount", action="append", default=[], metavar="DIR", help="seen in the container too")
+    verb.add_argument("--setup", action="append", default=[], metavar="'LINE'", help="shell before training: modules")
+    verb.add_argument("--sbatch", action="append", default=[], metavar="'--OPTION'", help="further option of sbatch")
+    verb.add_argument("--array", action="append", default=[], metavar="KEY=A,B", help="a job array over these values")
+    verb.add_argument(
+        "--chain", type=int, default=1, metavar="N", help="N jobs in turn, where requeueing is not allowed"
+    )
+    verb.add_argument("--restarts", type=int, default=3, metavar="N", help="after failures that may pass (default 3)")
+    verb.add_argument("--dry-run", action="store_true", help="check, and print the script")
+
     verb = verbs.add_parser("export", help="make a Hugging Face folder of a checkpoint, without GPU, in little memory")
     verb.add_argument("run_dir", type=Path)
     verb.add_argument("out", type=Path, metavar="OUT", help="new folder")
@@ -131,6 +156,8 @@ def main() -> int:
                 blend(arguments, overrides)
             case "blend":
                 sweep(arguments, overrides)
+            case "submit":
+                submit(arguments, overrides)
             case "export":
                 return export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, arguments.push_to_hub)
             case "wandb":
@@ -140,6 +167,7 @@ def main() -> int:
     except BadInput as error:
         done = {
             "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
+            "submit": "submitted",
         }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
@@ -156,7 +184,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
-    if verb not in ("check", "prepare", "inspect", "eval", "blend"):
+    if verb not in ("check", "prepare", "inspect", "eval", "blend", "submit"):
         return words, []
     rest, overrides, before = list[str](), list[str](), ""
     for word in words:
@@ -302,6 +330,39 @@ def sweep(arguments: argparse.Namespace, overrides: list[str]) -> NoReturn:
         sweep.sweep(chosen, base, tuned, alphas, arguments.layer_scale, arguments.out or Path(tuned), me)
 
     run_on_ranks(measure, "nothing was blended")
+
+
+def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """Check recipe, model, data and cluster as training would, render the job script, and hand it to Slurm."""
+    from fullft import submit as jobs
+
+    for name in ("nodes", "gpus_per_node", "chain", "restarts"):
+        if (value := getattr(arguments, name)) < (name != "restarts"):
+            raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
+    sweep = jobs.points(arguments.array)
+    recipe = load_recipe(arguments.recipe, overrides)
+    from fullft.preflight import preflight
+
+    for point in sweep:
+        own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
+        inputs = preflight(own, arguments.nodes * arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu")
+        for warning in inputs.warnings:
+            print(f"warning  {warning}")
+    job = jobs.Job(
+        arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account,
+        arguments.cpus_per_task, arguments.network, arguments.container, tuple(arguments.mount),
+        tuple(arguments.setup), arguments.chain, arguments.restarts, tuple(arguments.sbatch),
+    )  # fmt: skip
+    text = jobs.script(job, Path(arguments.recipe), overrides, recipe.run_dir, sweep)
+    if arguments.dry_run:
+        print(text, end="")
+        return
+    file = jobs.write(text, recipe.run_dir)
+    numbers = jobs.submit(file, arguments.chain)
+    print(f"submitted  {', '.join(numbers)} by {file}")
+    print(f"watch      squeue -j {','.join(numbers)}; tail -F {file.parent}/{numbers[0]}*.log")
+    print(f"cancel     scancel {' '.join(numbers)}; to save first: scancel --signal=USR1 {numbers[0]}")
+    print(f"resume     sbatch {file}")
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, repository: str | None) -> int:

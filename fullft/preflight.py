@@ -152,8 +152,9 @@ def check_run_folder(recipe: Recipe) -> None:
         raise BadInput(f"run_dir: {folder} cannot be made: {file} is a file")
     if not folder.exists():
         return
-    if folder.is_dir() and all(path.name in ("lease", REQUEUE) or path.suffix == ".tmp" for path in folder.iterdir()):
-        return  # empty, or a run that was killed before it had written anything
+    before_training = ("lease", "slurm", REQUEUE)
+    if folder.is_dir() and all(path.name in before_training or path.suffix == ".tmp" for path in folder.iterdir()):
+        return  # empty, submitted, or a run that was killed before it had written anything
     if not (folder / "recipe.yaml").exists():
         raise BadInput(
             f"run_dir: {folder} exists and is not a run of fullft; choose another run_dir, nothing is overwritten"

@@ -1,0 +1,231 @@
+"""Training as a Slurm job: one script that can be read, in the run folder, and the commands around it.
+
+The script starts one task per GPU and hands signals on to them. What a run says of its end stands in its folder, not in
+the exit code, which srun does not carry (`--kill-on-bad-exit` turns any into 143): where the folder asks for it, the
+job is put into the queue again, under the same number, and goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fullft import lease
+from fullft.errors import BadInput
+
+TRAIN = Path(__file__).parent.parent / "launch" / "train.py"
+
+# What NCCL has to be told on which network: (line of the script, why).
+_NETWORKS: dict[str, list[tuple[str, str]]] = {
+    "plain": [
+        ("export NCCL_SOCKET_IFNAME=^lo,docker0,virbr0", "not over interfaces that exist on every node for itself"),
+    ],
+    "infiniband": [
+        ("export NCCL_SOCKET_IFNAME=^lo,docker0,virbr0", "for the first contact; the data go over InfiniBand"),
+        ("export NCCL_NET=IB", "fail rather than fall back to TCP, which is ten times slower, without a word"),
+        ("export NCCL_IB_HCA=mlx5", "the adapters of this name, whatever their number"),
+        ("export NCCL_IB_TIMEOUT=22", "4.096 µs · 2^22, 17 s: a link that flaps is waited for"),
+    ],
+    "aws-efa": [
+        ("export NCCL_SOCKET_IFNAME=^lo,docker,veth", "for the first contact; the data go over EFA"),
+        ("export FI_PROVIDER=efa", "libfabric's provider, else it takes TCP without a word"),
+        ('export NCCL_NET="AWS Libfabric"', "the plugin aws-ofi-nccl must be there: fail rather than fall back"),
+        ("export FI_EFA_USE_HUGE_PAGE=0", "huge pages run out under many processes, and fork fails then"),
+    ],
+    "gcp": [
+        ("export NCCL_SOCKET_IFNAME=enp0s12,eth0", "for the first contact; the data go over GPUDirect"),
+        ("for profile in /usr/local/gib/scripts/set_nccl_env.sh /var/lib/tcpxo/lib64/nccl-env-profile.sh; do", ""),
+        ('  if [ -e "$profile" ]; then . "$profile"; break; fi', "RDMA (A3 Ultra, A4) or TCPXO (A3 Mega)"),
+        ("done", ""),
+    ],
+    "azure": [
+        ("export NCCL_SOCKET_IFNAME=eth0", "for the first contact; the data go over InfiniBand"),
+        ("export NCCL_NET=IB", "fail rather than fall back to TCP, which is ten times slower, without a word"),
+        ("export NCCL_IB_PCI_RELAXED_ORDERING=1", "these machines are virtual: without it a third of the rate"),
+        ("export CUDA_DEVICE_ORDER=PCI_BUS_ID", "GPUs are numbered as the topology file has them"),
+        ('topology=/opt/microsoft/ndv5-topo.xml; if [ -e "$topology" ]; then export NCCL_TOPO_FILE="$topology"; fi',
+         "which adapter is near which GPU; not seen from inside a virtual machine"),
+    ],
+}  # fmt: skip
+NETWORKS = tuple(_NETWORKS)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of Slurm. `options`: further options of sbatch, as `--qos=high`."""
+
+    nodes: int
+    gpus_per_node: int
+    time: str | None = None
+    partition: str | None = None
+    account: str | None = None
+    cpus_per_task: int | None = None
+    network: str = "plain"
+    container: str | None = None  # image for pyxis, or an .sif file for apptainer
+    mounts: tuple[str, ...] = ()
+    setup: tuple[str, ...] = ()  # lines of shell before the ranks are started
+    chain: int = 1
+    restarts: int = 3
+    options: tuple[str, ...] = ()
+
+
+def points(sweep: list[str]) -> list[list[str]]:
+    """`key=a,b` and `key2=c,d` → the overrides of every combination; [[]] without any.
+
+    Raises:
+        BadInput: one is no list of values.
+    """
+    axes = []
+    for one in sweep:
+        key, equals, values = one.partition("=")
+        if not key or not equals or not all(values.split(",")):
+            raise BadInput(f"--array: {one} is not key.path=value,value,...")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def run_dir_of(run_dir: str, point: list[str]) -> str:
+    """Of a point of a sweep: `runs/x` and `train.learning_rate=1e-5` → `runs/x-learning_rate=1e-5`."""
+    names = (f"{key.rpartition('.')[2]}={value}" for key, value in (one.partition("=")[::2] for one in point))
+    return "-".join([run_dir, *(re.sub(r"[^\w.=+-]", "_", name) for name in names)])
+
+
+def script(job: Job, config: Path, overrides: list[str], run_dir: str, sweep: list[list[str]]) -> str:
+    """The job script. Paths are relative to the folder where it is submitted, as are those of the recipe."""
+    folder = Path(run_dir) / "slurm"
+    name = re.sub(r"[^\w.-]", "_", Path(run_dir).name)
+    directives = {
+        "job-name": name, "nodes": job.nodes, "ntasks-per-node": job.gpus_per_node,
+        "gpus-per-node": job.gpus_per_node, "cpus-per-task": job.cpus_per_task, "time": job.time,
+        "partition": job.partition, "account": job.account,
+        "output": folder / ("%A_%a.log" if len(sweep) > 1 else "%j.log"), "open-mode": "append",
+        "signal": "B:USR1@300", "array": f"0-{len(sweep) - 1}" if len(sweep) > 1 else None,
+    }  # fmt: skip
+    lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None)]
+    lines += [f"#SBATCH --{'no-requeue' if job.chain > 1 else 'requeue'}"]
+    lines += [f"#SBATCH {one}" for one in job.options]
+    lines += ["", "# Rendered by `fullft submit`; may be changed and submitted by hand: sbatch " + str(folder / FILE)]
+    lines += ["set -u", *_point_lines(run_dir, overrides, sweep), "", *_environment(job), "", *_start(job, config), ""]
+    return "\n".join([*lines, _END_CHAINED if job.chain > 1 else _END.format(restarts=job.restarts)])
+
+
+FILE = "train.sbatch"
+
+
+def _point_lines(run_dir: str, overrides: list[str], sweep: list[list[str]]) -> list[str]:
+    """Run folder and overrides as shell variables; of a sweep by the number in the array."""
+
+    def assigned(point: list[str]) -> str:
+        own = run_dir_of(run_dir, point) if len(sweep) > 1 else run_dir
+        words = [*overrides, *point, *([f"run_dir={own}"] if len(sweep) > 1 else [])]
+        return f"run={shlex.quote(own)}; overrides=({shlex.join(words)})"
+
+    if len(sweep) == 1:
+        return [assigned(sweep[0])]
+    cases = [f"  {number}) {assigned(point)} ;;" for number, point in enumerate(sweep)]
+    return ['case "$SLURM_ARRAY_TASK_ID" in', *cases, "esac"]
+
+
+def _environment(job: Job) -> list[str]:
+    lines = [
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1); export MASTER_ADDR',
+        f"# Network: {job.network}",
+        *(f"{line}  # {why}" if why else line for line, why in _NETWORKS[job.network]),
+    ]
+    return lines + list(job.setup)
+
+
+def _start(job: Job, config: Path) -> list[str]:
+    options = [
+        "--kill-on-bad-exit=1",  # a failed rank ends the others, which would wait for it
+        "--wait=0",  # ranks that end first wait for those that still write
+    ]
+    if job.cpus_per_task:
+        options += [f"--cpus-per-task={job.cpus_per_task}", "--cpu-bind=cores"]  # not inherited since Slurm 22.05
+    command = [sys.executable, str(TRAIN)]
+    if job.container:
+        command = ["python", "launch/train.py"]
+        binds = ",".join(('"$PWD"', *map(shlex.quote, job.mounts)))
+        if job.container.endswith(".sif"):
+            command = ["apptainer", "exec", "--nv", "--bind", binds, "--pwd", '"$PWD"', job.container, *command]
+        else:
+            mounts = ",".join(('"$PWD:$PWD"', *map(shlex.quote, job.mounts)))
+            options += [f"--container-image={job.container}", f"--container-mounts={mounts}"]
+            options += ['--container-workdir="$PWD"']
+    words = [one if '"' in one else shlex.quote(one) for one in command]
+    return [
+        f"srun {' '.join(options)} \\",
+        f'  {" ".join(words)} --config {shlex.quote(str(config))} "${{overrides[@]}}" &',
+        "ranks=$!",
+    ]
+
+
+_WAIT = """\
+# Time is nearly up, or the job is to end: the ranks finish their step, save it, and leave a marker in the run folder.
+trap 'kill -USR1 "$ranks"' USR1
+trap 'kill -TERM "$ranks"' TERM
+wait "$ranks"; code=$?
+while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; code=$?; done  # a signal has ended the waiting, not the ranks
+
+status=$(sed -n 's/.*"status": *"\\([a-z]*\\)".*/\\1/p' "$run/state.json" 2> /dev/null | head -n 1)
+echo "run $run: ${status:-not started}, exit code of srun $code"
+"""
+_END = (
+    _WAIT.replace("{", "{{").replace("}", "}}")
+    + """\
+if [ "$status" = done ]; then exit 0; fi
+if [ -e "$run/REQUEUE" ]; then
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+elif [ "$status" = failed ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  # A lost GPU or a broken link; it goes on from the newest checkpoint. A run that can't go on says `stopped`.
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+fi
+exit $((code > 0 ? code : 1))
+"""
+)
+_END_CHAINED = (
+    _WAIT
+    + """\
+# The next job of the chain goes on, and ends at once if there is nothing left to do.
+if [ "$status" = done ]; then exit 0; fi
+exit $((code > 0 ? code : 1))
+"""
+)
+
+
+def write(text: str, run_dir: str) -> Path:
+    """Write the script into the run folder, beside which its logs go."""
+    file = Path(run_dir) / "slurm" / FILE
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lease.write(file, text)
+    except OSError as error:
+        raise BadInput(f"run_dir: {file} cannot be written: {error}") from None
+    return file
+
+
+def submit(file: Path, chain: int) -> list[str]:
+    """Hand the script to sbatch, `chain` times, each after the one before; returns the numbers of the jobs.
+
+    Raises:
+        BadInput: there is no sbatch, or it refuses.
+    """
+    if shutil.which("sbatch") is None:
+        raise BadInput("there is no sbatch here: run this on a login node of the cluster, or give --dry-run")
+    jobs: list[str] = []
+    for _ in range(chain):
+        after = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        done = subprocess.run(
+            ["sbatch", "--parsable", *after, str(file)], capture_output=True, text=True, check=False
+        )  # fmt: skip
+        if done.returncode:
+            told = f" (jobs {', '.join(jobs)} of the chain are submitted)" if jobs else ""
+            raise BadInput(f"sbatch refuses {file}: {done.stderr.strip() or done.stdout.strip()}{told}")
+        jobs.append(done.stdout.strip().partition(";")[0])
+    return jobs

@@ -1,0 +1,146 @@
+"""`fullft submit` on a real Slurm: what it submits trains, is requeued when told to end, and goes on from there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm
+from conftest import REPOSITORY, Launch, losses, metrics, write_recipe
+from test_launch import ON_HOSTS, skip_if
+
+from fullft.cli import main
+from fullft.submit import NETWORKS, Job, points, run_dir_of, script
+
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[slurm.Slurm]:
+    skip_if(slurm.unavailable())
+    with slurm.Slurm(tmp_path / "slurm", nodes=3) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def submit(nodes: slurm.Slurm, recipe: dict[str, Any], tmp_path: Path) -> Submit:
+    """submit(*arguments): the recipe; returns what the command says."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        config = write_recipe(recipe, tmp_path / "recipe.yaml")
+        command = [sys.executable, "-m", "fullft.cli", "submit", str(config), "--gpus-per-node", "1", *arguments]
+        done = nodes.run(*command, env=ON_HOSTS | {"PYTHONPATH": str(REPOSITORY)}, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return str(done.stdout + done.stderr)
+
+    return run
+
+
+def wait_for(condition: Callable[[], bool], nodes: slurm.Slurm, folder: Path, seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        logs = "\n".join(file.read_text() for file in folder.rglob("slurm/*.log"))
+        assert time.monotonic() < deadline, nodes.run("squeue").stdout + logs
+        time.sleep(0.2)
+
+
+def status(folder: Path) -> str:
+    file = folder / "state.json"
+    return str(json.loads(file.read_text())["status"]) if file.exists() else ""
+
+
+def restarts(nodes: slurm.Slurm, job: str) -> int:
+    return int(nodes.run("scontrol", "show", "job", job).stdout.partition("Restarts=")[2].split()[0])
+
+
+def job_of(said: str) -> str:
+    return said.partition("submitted  ")[2].split()[0].rstrip(",")
+
+
+@pytest.mark.cluster
+def test_a_job_that_is_told_to_end_is_requeued_and_ends_with_the_same_losses(
+    nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any], launch: Launch, tmp_path: Path
+) -> None:
+    recipe["train"]["steps"] = 60
+    whole = recipe | {"run_dir": str(tmp_path / "whole")}
+    launch(whole)
+    job, folder = job_of(submit("--nodes", "2")), Path(recipe["run_dir"])
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(recipe)) > 2, nodes, folder)
+    nodes.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does before the time limit
+    wait_for(lambda: status(folder) == "done", nodes, folder)
+    assert restarts(nodes, job) == 1
+    assert losses(recipe) == losses(whole)
+    assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
+    (log,) = (folder / "slurm").glob("*.log")
+    assert "resumed from" in log.read_text()
+
+
+@pytest.mark.cluster
+def test_a_chain_goes_on_and_ends_early(nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any]) -> None:
+    recipe["train"]["steps"] = 60
+    said, folder = submit("--nodes", "2", "--chain", "3"), Path(recipe["run_dir"])
+    jobs = said.partition("submitted  ")[2].partition(" by")[0].split(", ")
+    assert len(jobs) == 3
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(recipe)) > 2, nodes, folder)
+    nodes.run("scancel", "--signal=USR1", "--batch", jobs[0])
+    wait_for(lambda: not nodes.run("squeue", "--noheader").stdout.strip(), nodes, folder)
+    assert status(folder) == "done"
+    assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
+    assert "nothing to do" in (folder / "slurm" / f"{jobs[2]}.log").read_text()
+
+
+@pytest.mark.cluster
+def test_a_sweep_is_an_array_with_a_run_folder_for_each_point(
+    nodes: slurm.Slurm, submit: Submit, tmp_path: Path
+) -> None:
+    submit("--nodes", "1", "--array", "train.learning_rate=1e-3,1e-4")
+    folders = [tmp_path / f"run-learning_rate={rate}" for rate in ("1e-3", "1e-4")]
+    wait_for(lambda: all(status(one) == "done" for one in folders), nodes, tmp_path)
+    rates = [json.loads((one / "metrics.jsonl").read_text().splitlines()[0])["train/learning_rate"] for one in folders]
+    assert rates == pytest.approx([1e-3, 1e-4])
+
+
+@pytest.mark.cluster
+def test_what_slurm_or_the_recipe_refuses_is_told_and_nothing_is_submitted(
+    nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any]
+) -> None:
+    assert "invalid partition" in submit("--nodes", "2", "--partition", "nowhere", code=2)
+    assert "cannot be shared by 3 ranks" in submit("--nodes", "3", code=2)
+    assert "learning_rate" in submit("--nodes", "2", "--array", "train.learning_rate=1e-3,-1", code=2)
+    assert not nodes.run("squeue", "--noheader").stdout.strip()
+    assert not Path(recipe["run_dir"], "recipe.yaml").exists()
+
+
+def test_without_sbatch_it_says_where_to_run_it(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_recipe(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sys, "argv", ["fullft", "submit", str(config), "--nodes", "2", "--gpus-per-node", "1"])
+    assert main() == 2
+    assert "run this on a login node of the cluster, or give --dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("container", [None, "ghcr.io/me/fullft:1", "/images/fullft.sif"])
+@pytest.mark.parametrize("chain", [1, 2])
+def test_every_script_is_shell_that_bash_can_read(network: str, container: str | None, chain: int) -> None:
+    job = Job(2, 8, "1:00:00", "gpu", "me", 12, network, container, ("/data",), ("module load cuda",), chain)
+    text = script(job, Path("my recipe.yaml"), ["tracking.name=two words"], "runs/it's", [["a.b=1"], ["a.b=2"]])
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + text
+    assert f"#SBATCH --{'no-requeue' if chain > 1 else 'requeue'}\n" in text
+
+
+def test_a_sweep_has_all_combinations() -> None:
+    every = points(["a.x=1,2", "b=3,4"])
+    assert every == [["a.x=1", "b=3"], ["a.x=1", "b=4"], ["a.x=2", "b=3"], ["a.x=2", "b=4"]]
+    assert [run_dir_of("runs/r", one) for one in every[:2]] == ["runs/r-x=1-b=3", "runs/r-x=1-b=4"]
+    assert points([]) == [[]]
+    assert run_dir_of("runs/r", []) == "runs/r"
