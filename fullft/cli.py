@@ -345,7 +345,8 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     for point in sweep:
         own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
-        inputs = preflight(own, arguments.nodes * arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu")
+        ranks, on_gpu = arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu"
+        inputs = preflight(own, arguments.nodes * ranks, on_gpu, ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
     job = jobs.Job(
