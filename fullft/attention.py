@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,8 +103,14 @@ def _of_documents(
         return _one_by_one(query, key, value, ends, window, scaling)
     longest = kwargs["max_length_q"]
     q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))  # [tokens, heads, head size]
+    grouped: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            grouped["enable_gqa"] = True
+        else:  # torch 2.11
+            k, v = (one.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for one in (k, v))
     out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+        q, k, v, ends, ends, longest, longest, scale=scaling, **grouped,
         # transformers counts the token itself, the kernel those before it
         window_size=(-1, 0) if window is None else (window - 1, 0),
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def fill_config(
         "train_batch_size": plan.micro_batch_size * plan.accumulation * plan.world_size,
         # Unset, DeepSpeed clips to 1.0.
         "gradient_clipping": recipe.train.max_grad_norm,
-        "bf16": {"enabled": bf16},
+        "bf16": (config.get("bf16") or {}) | {"enabled": bf16},
         # One engine.step() an optimizer step: the loop shows where the update is.
         "managed_gradient_accumulation": False,
         "steps_per_print": 2**31,
@@ -161,6 +162,18 @@ def fit_to_nodes(
     if problems:
         raise BadInput(problems)
     return config | {"zero_optimization": zero}
+
+
+def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
+    """Raises BadInput if hpZ's groups are not the same on all nodes: (host, ranks of a group) of each rank."""
+    sizes, ranks = {size for _, size in told}, Counter(host for host, _ in told)
+    if sizes == {1} or (len(sizes) == 1 and not any(count % max(sizes) for count in ranks.values())):
+        return
+    of = ", ".join(f"{count} on {host}" for host, count in sorted(ranks.items())[:8])
+    raise BadInput(
+        f"deepspeed: {recipe.deepspeed} has zero_hpz_partition_size {' and '.join(map(str, sorted(sizes)))}, and the "
+        f"ranks are {of}: every node must have the same number, a multiple of it"
+    )
 
 
 def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:

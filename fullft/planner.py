@@ -145,4 +145,5 @@ def choose_checkpointing(
     needs = {mode: tokens * activation_bytes(layer, mode, bf16) for mode in ("none", "selective", "full", "offload")}
     mode = next((mode for mode, need in needs.items() if need <= room), "offload")
     said = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
-    return mode, f"{mode} (auto: of {max(room, 0) / GIB:.1f} GiB left for activations would take {said})"
+    short = "; it may run out of memory" if needs[mode] > room else ""
+    return mode, f"{mode} (auto: of {max(room, 0) / GIB:.1f} GiB left for activations would take {said}{short})"

@@ -81,6 +81,9 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
         problems += _parallel_problems(recipe, attention)
     if meta is not None and recipe.train.mlp_tiles > 1:
         attempt(require_tileable, meta)
+        tokens = recipe.train.micro_batch_size * recipe.data.sequence_length // recipe.train.sequence_parallel
+        if recipe.train.mlp_tiles > tokens:
+            problems.append(f"train.mlp_tiles: {recipe.train.mlp_tiles} parts of the {tokens} tokens of a micro-batch")
     if meta is not None and recipe.train.layerwise_lr_decay < 1:
         attempt(layer_depths, meta)
     problems += _remedy_problems(recipe, config or {})

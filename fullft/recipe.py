@@ -713,5 +713,7 @@ _NAMES_ELSEWHERE = {
     "output_dir": "run_dir", "save_steps": "checkpoint.every_steps", "save_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume", "logging_steps": "tracking.every_steps",
     "eval_steps": "retention.every_steps", "report_to": "tracking.wandb", "wandb_project": "tracking.project",
-    "run_name": "tracking.name", "wandb_name": "tracking.name",
+    "run_name": "tracking.name", "wandb_name": "tracking.name", "use_liger_kernel": "train.kernels",
+    "liger": "train.kernels", "tiled_mlp": "train.mlp_tiles", "sequence_parallel_size": "train.sequence_parallel",
+    "sequence_parallel_degree": "train.sequence_parallel", "zero_hpz_partition_size": "deepspeed (of its JSON file)",
 }  # fmt: skip

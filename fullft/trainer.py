@@ -26,7 +26,13 @@ from fullft.ends import (
     stop_at_non_finite,
     stop_decided,
 )
-from fullft.engine import for_evaluation, offloads_optimizer, start, with_parameters_on_host
+from fullft.engine import (
+    for_evaluation,
+    offloads_optimizer,
+    require_same_groups,
+    start,
+    with_parameters_on_host,
+)
 from fullft.errors import BadInput, Preempted
 from fullft.flops import flops_and_peak
 from fullft.head import Head
@@ -206,8 +212,11 @@ def set_up(
     Raises:
         Preempted: a signal came to a rank.
     """
-    hosts: list[str] = [""] * cluster.world_size
-    dist.all_gather_object(hosts, socket.gethostname())
+    told: list[Any] = [None] * cluster.world_size
+    groups = inputs.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
+    dist.all_gather_object(told, (socket.gethostname(), groups))
+    require_same_groups(told, recipe)
+    hosts = [host for host, _ in told]
     if cluster.is_main:
         _own_run_folder(recipe, cluster, inputs, hosts)
         print(f"loading {recipe.model.path}", flush=True)

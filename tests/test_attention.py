@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +178,7 @@ def test_torchs_kernel_gets_flat_tokens_and_its_own_count_of_a_window(
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     real = attention.varlen_attn
 
+    @functools.wraps(real)
     def record(*tensors: Any, **kwargs: Any) -> Any:
         seen.append((tensors, kwargs))
         return real(*tensors, **kwargs)
@@ -190,6 +192,26 @@ def test_torchs_kernel_gets_flat_tokens_and_its_own_count_of_a_window(
     assert [tuple(one.shape) for one in tensors[:3]] == [(2 * WIDTH, 4, 16), (2 * WIDTH, 2, 16), (2 * WIDTH, 2, 16)]
     assert tensors[5:] == (30, 30)
     assert kwargs == {"scale": 0.1, "enable_gqa": True, "window_size": (-1, 0) if window is None else (8, 0)}
+
+
+def test_torch_2_11_gets_a_key_and_value_for_each_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def as_in_2_11(
+        q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *, return_aux: Any = None,
+        scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Any:  # fmt: skip
+        seen.extend((k, v))
+        return torch.empty_like(q)
+
+    monkeypatch.setattr(attention, "varlen_attn", as_in_2_11)
+    monkeypatch.setattr(attention, "_has_kernel", lambda _: True)
+    told = Documents.of(packed(ROWS)[1])
+    query, key = (torch.randn(2, heads, WIDTH, 16) for heads in (4, 2))
+    varlen(torch.nn.Module(), query, key, key, None, **told.arguments)
+    for one in seen:
+        assert torch.equal(one[:, 0], one[:, 1])  # heads 0 and 1 of the queries have head 0 of the keys
+        assert torch.equal(one[:, ::2], key.transpose(1, 2).flatten(0, 1))
 
 
 def test_documents_cover_every_token_of_every_row() -> None:

@@ -126,6 +126,15 @@ def test_hpz_is_the_ranks_of_a_node(recipe: dict[str, Any]) -> None:
         size(12, 8)
 
 
+def test_groups_of_hpz_are_the_same_on_every_node(recipe: dict[str, Any]) -> None:
+    own = parse_recipe(recipe)
+    engine.require_same_groups([("a", 2), ("a", 2), ("b", 2), ("b", 2)], own)
+    engine.require_same_groups([("a", 1), ("a", 1), ("b", 1)], own)
+    for told in ([("a", 4)] * 4 + [("b", 2)] * 2, [("a", 2)] * 3 + [("b", 2)]):
+        with pytest.raises(BadInput, match="every node must have the same number"):
+            engine.require_same_groups(told, own)
+
+
 def test_a_second_copy_is_in_the_plan(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["deepspeed"] = zero_file(tmp_path / "zero.json", zero_hpz_partition_size=2)
     inputs = preflight(parse_recipe(recipe), 4)
