@@ -25,7 +25,7 @@ _PARTS = {
     "data": "data", "token count": "communication", "forward": "forward", "backward": "backward",
     "update": "optimizer", "sums over ranks": "communication",
 }  # fmt: skip
-_APART = ("evaluation", "checkpoint", "rollback")  # no part of a step; time/… of their own tell of them
+_APART = ("evaluation", "checkpoint", "rollback", "trace")  # no part of a step
 _NAMES = ("data", "forward", "backward", "optimizer", "communication", "rest")
 # What DeepSpeed calls its own: private names, guarded by a test. Without them communication is not measured.
 _PROFILER = "_PartitionedParameterCoordinator__profiler"

@@ -27,6 +27,8 @@ _ATTENTION = (
 
 def problems(recipe: Recipe, model: Any) -> list[str]:
     asked = recipe.train.activation_checkpointing
+    if asked == "selective" and recipe.train.mlp_tiles > 1:
+        return ["train.activation_checkpointing: selective keeps what train.mlp_tiles is to spare; take full"]
     if asked in ("none", "auto") or model.supports_gradient_checkpointing:
         return []
     return [f"train.activation_checkpointing: {asked}, and {type(model).__name__} can keep all only; take none"]

@@ -10,6 +10,12 @@ import torch
 VARLEN = "varlen"  # name of `attention.varlen` among the implementations of transformers
 
 
+def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A tensor of host memory on the device. The host does not wait for a GPU, which takes pinned memory."""
+    on_gpu = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
+
+
 @dataclass(frozen=True)
 class Documents:
     """Of a micro-batch whose rows are laid end to end. The padding of a row counts as a document: all is covered."""
@@ -31,7 +37,7 @@ class Documents:
         return Documents(ends.to(torch.int32), int(ends.diff().max()))
 
     def to(self, device: torch.device | str) -> Documents:
-        return replace(self, ends=self.ends.to(device, non_blocking=True))
+        return replace(self, ends=moved(self.ends, device))
 
     @property
     def arguments(self) -> dict[str, Any]:

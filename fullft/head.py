@@ -22,7 +22,9 @@ from fullft.loss import LabelWeights, cross_entropy, forward
 # Of the logits of a chunk. The gradient of the weight is read and written once a chunk, so on GPUs, which are waiting
 # for memory, chunks are large; on CPUs small ones stay in memory that the process has already.
 WORKSPACE_BYTES = {"cuda": 2 << 30, "cpu": 64 << 20}
-_BYTES_OF_LOGIT = 14  # in bf16 2, of its gradient 2; in fp32 4 each: log-softmax, its gradient, the logit's
+# In bf16 2, of its gradient 2; in fp32 4 each: log-softmax, its gradient, the logit's. With a divergence, two more
+# log-softmaxes and what their backward needs.
+_BYTES_OF_LOGIT, _BYTES_WITH_DIVERGENCE = 14, 32
 
 # The KL divergence from the base at labelled positions of a batch, from their logits and the number of the first.
 Divergence = Callable[[torch.Tensor, int], torch.Tensor]
@@ -88,6 +90,11 @@ class Head:
         of_rows = torch.zeros(2, len(batch.labels), device=loss.device)
         nats, kl = of_rows.index_add(1, rows, torch.stack([nats.detach(), kl.detach()]))
         return loss, nats, kl
+
+    @property
+    def positions_at_once(self) -> int:
+        """As many as `read` should be asked for at a time."""
+        return _positions_at_once(self._module.weight, _BYTES_OF_LOGIT)
 
     @torch.no_grad()
     def read(self, batch: Batch) -> AbstractContextManager[Callable[[int, int], torch.Tensor]]:
@@ -179,8 +186,7 @@ class _Loss(torch.autograd.Function):
         transform: Transform,
         divergence: Divergence | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        count, (vocabulary, _) = len(hidden), weight.shape
-        size = max(1, WORKSPACE_BYTES.get(weight.device.type, 1 << 30) // (_BYTES_OF_LOGIT * vocabulary))
+        count, size = len(hidden), _positions_at_once(weight, _BYTES_WITH_DIVERGENCE if divergence else _BYTES_OF_LOGIT)
         summed_in = weight.dtype if count <= size else torch.float32
         of_weight = torch.zeros(weight.shape, dtype=summed_in, device=weight.device)
         of_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
@@ -211,6 +217,11 @@ class _Loss(torch.autograd.Function):
         of_hidden, of_weight, of_bias = (None if one is None else one.mul_(factor) for one in ctx.gradients)
         del ctx.gradients
         return of_hidden, of_weight, of_bias, None, None, None
+
+
+def _positions_at_once(weight: torch.Tensor, bytes_of_logit: int) -> int:
+    vocabulary = weight.ds_shape[0] if hasattr(weight, "ds_shape") else weight.shape[0]
+    return max(1, WORKSPACE_BYTES.get(weight.device.type, 1 << 30) // (bytes_of_logit * vocabulary))
 
 
 def _linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -1,39 +1,51 @@
 """Fused kernels in the place of a model's own RMSNorm, rotary embedding and gated MLP: train.kernels.
 
-They are Liger's, in Triton. DeepSpeed has Triton kernels too; its RMSNorm takes widths up to 2048 only, which leaves
-out the norms of every model of 7 B and more. Liger's losses stay off: the loss is the head's (`head`).
+They are Liger's, in Triton, for the architectures whose losses and gradients are compared with transformers' own
+(tests/test_kernels.py). DeepSpeed has Triton kernels too; its RMSNorm takes widths up to 2048 only, which leaves out
+the norms of every model of 7 B and more. Liger's losses stay off: the loss is the head's (`head`).
+
+Liger changes functions of transformers' modules for the whole process: what is found out by a trial of the model, such
+as its attention, is found out before.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from typing import Any
 
 from fullft.recipe import Recipe
 
+_COMPARED = ("llama", "mistral", "qwen2", "qwen3")
 
-def choose(recipe: Recipe, model_type: str, on_gpu: bool) -> tuple[str, str]:
-    """none or liger, and a line that says why. `model_type`: of the config."""
+
+def choose(recipe: Recipe, config: Any, on_gpu: bool) -> tuple[str, str]:
+    """none or liger, and a line that says why. `config`: of the model."""
     if recipe.train.kernels == "none":
         return "none", "those of transformers, as the recipe says"
-    if why := _why_not(model_type, on_gpu):
+    if why := _why_not(config, on_gpu):
         return "none", f"those of transformers: {why}"
     return "liger", "liger's RMSNorm, rotary embedding and gated MLP"
 
 
-def problems(recipe: Recipe, model_type: str, on_gpu: bool) -> list[str]:
-    why = _why_not(model_type, on_gpu) if recipe.train.kernels == "liger" else ""
+def problems(recipe: Recipe, config: Any, on_gpu: bool) -> list[str]:
+    why = _why_not(config, on_gpu) if recipe.train.kernels == "liger" else ""
     return [f"train.kernels: liger, but {why}; take auto or none"] if why else []
 
 
-def _why_not(model_type: str, on_gpu: bool) -> str:
+def _why_not(config: Any, on_gpu: bool) -> str:
     if not on_gpu:
         return "there is no GPU"
+    if config.model_type not in _COMPARED:
+        return f"liger's are taken for {', '.join(_COMPARED)} only, and this is {config.model_type}"
+    if config.hidden_act not in ("silu", "swish"):  # liger puts SiLU in its place without a word
+        return f"liger's MLP is gated by SiLU, not by {config.hidden_act}"
     missing = [name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing).replace('_', '-')} is not installed (pip install liger-kernel)"
-    return "" if model_type in _functions() else f"liger has none for {model_type}"
+    try:
+        return "" if config.model_type in _functions() else f"this liger has none for {config.model_type}"
+    except Exception as error:  # not made for this version of transformers, torch or Triton
+        return f"liger cannot be imported ({type(error).__name__}: {error})"
 
 
 def _functions() -> dict[str, Any]:
@@ -51,7 +63,7 @@ def apply(model: Any, kernels: str, checkpointing: str) -> None:
     if kernels == "none":
         return
     function = _functions()[model.config.model_type]
-    wanted = {"rope": checkpointing != "selective", "rms_norm": True, "swiglu": True, "geglu": True, "layer_norm": True}
-    wanted |= {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    known = inspect.signature(function).parameters
-    function(model=model, **{name: value for name, value in wanted.items() if name in known})
+    function(
+        model=model, rope=checkpointing != "selective", rms_norm=True, swiglu=True, cross_entropy=False,
+        fused_linear_cross_entropy=False,
+    )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fullft.documents import Documents, documents_arguments
+from fullft.documents import Documents, documents_arguments, moved
 
 IGNORE = -100  # label of a position without loss, as everywhere in PyTorch
 
@@ -44,7 +44,7 @@ class Labelled:
 
     def to(self, device: torch.device | str) -> Labelled:
         tensors = (self.kept, self.places, self.rows, self.targets)
-        kept, places, rows, targets = (one.to(device, non_blocking=True) for one in tensors)
+        kept, places, rows, targets = (moved(one, device) for one in tensors)
         return Labelled(kept, places, rows, targets, self.counts)
 
 

@@ -205,7 +205,11 @@ def facts(model: PreTrainedModel) -> Facts:
 
 
 def load(
-    recipe: Recipe, deepspeed_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase, read: bool = True
+    recipe: Recipe,
+    deepspeed_config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    read: bool = True,
+    attention: Attention | None = None,
 ) -> PreTrainedModel:
     """The base model in ZeRO-3 shards, each read from the files by the rank that owns it. All ranks together.
 
@@ -214,13 +218,14 @@ def load(
 
     Args:
         read: False leaves the weights zero where it can, for a checkpoint that will fill them.
+        attention: as of `attention_of`, which must not be asked again where `kernels.apply` has changed the modules.
 
     Raises:
         BadInput: the weights do not fit the config.
     """
     started, dtype = time.perf_counter(), precision(recipe)
     unset_hf_deepspeed_config()  # of a model that was loaded before: this one would be built whole, then cut
-    attention = attention_of(recipe.model)
+    attention = attention or attention_of(recipe.model)
     folder = files(recipe.model, weights=True)
     with _parameters_on_meta():
         model = _from_config(recipe.model, tokenizer, attention.name, dtype)

@@ -142,7 +142,8 @@ def choose_checkpointing(
     # Logits: as much as head.WORKSPACE_BYTES, and the gradient of the head in fp32.
     taken = planned["device_bytes_per_rank"] + 4 * planned["largest_gathered_parameter_bytes"] + (2 << 30)
     room = _USABLE * memory - taken - _OTHER_BYTES
-    needs = {mode: tokens * activation_bytes(layer, mode, bf16) for mode in ("none", "selective", "full", "offload")}
+    modes = ["none", "full", "offload"] if recipe.train.mlp_tiles > 1 else ["none", "selective", "full", "offload"]
+    needs = {mode: tokens * activation_bytes(layer, mode, bf16) for mode in modes}
     mode = next((mode for mode, need in needs.items() if need <= room), "offload")
     said = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
     short = "; it may run out of memory" if needs[mode] > room else ""

@@ -96,7 +96,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
     problems += _room_problems(recipe, planned) + activations.problems(recipe, meta)
-    problems += kernels.problems(recipe, meta.config.model_type, gpus)
+    problems += kernels.problems(recipe, meta.config, gpus)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
@@ -125,7 +125,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
         recipe, planned, planner.layer_of(meta.config), bf16, memory, able
     )
-    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config.model_type, gpus)
+    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config, gpus)
     filled = engine.fill_config(config, recipe, geometry, facts, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -139,6 +139,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     if refused:
         raise BadInput(refused)
     warnings = told + unlikely(recipe, total, batches) + slow + seldom
+    if "may run out of memory" in (why := planned["activation_checkpointing_why"]):
+        warnings.append(f"train.activation_checkpointing: {why}; more GPUs, a smaller micro-batch, or offloading")
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence, attention)

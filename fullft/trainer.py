@@ -98,6 +98,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         saver.write(checkpoint_state(recipe, cluster, inputs, 0, 0))  # what there is to go back to at first
     account.forget()
     while step < inputs.total_steps:
+        account.phase("trace")
         profile.before(step + 1)
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
         account.phase("data", step + 1)
@@ -229,7 +230,7 @@ def set_up(
     # The pull needs the base weights; else a checkpoint has all that is needed.
     read = not resumes[0] or recipe.train.l2_pull > 0
     form_groups(recipe.train.sequence_parallel, recipe.train.timeout_minutes)
-    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read)
+    loaded = model.load(recipe, inputs.deepspeed_config, inputs.tokenizer, read, inputs.attention)
     chosen, checkpointing = on_all(lambda: (inputs.plan["kernels"], inputs.plan["activation_checkpointing"]))
     kernels.apply(loaded, chosen, checkpointing)
     tile_mlps(loaded, recipe.train.mlp_tiles)  # around what the kernels have put in
@@ -316,7 +317,7 @@ def know_base(
     if recipe.train.kl_reference == "model":
         config = for_evaluation(inputs.deepspeed_config)
         config = with_parameters_on_host(config) if recipe.train.kl_reference_offload else config
-        loaded = model.load(recipe, config, inputs.tokenizer).requires_grad_(False)
+        loaded = model.load(recipe, config, inputs.tokenizer, attention=inputs.attention).requires_grad_(False)
         base = start(loaded, None, config)
         base.eval()
         return ReferenceDivergence(base)

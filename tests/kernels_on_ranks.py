@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from fullft import activations, cluster, kernels
 from fullft.engine import start
@@ -20,10 +20,13 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 97, "pad_token_id": None,
 }  # fmt: skip
-CONFIGS: dict[str, PretrainedConfig] = {"llama": LlamaConfig(**SIZES), "qwen3": Qwen3Config(**SIZES)}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SIZES), "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": Qwen2Config(**SIZES), "qwen3": Qwen3Config(**SIZES),
+}  # fmt: skip
 # selective first: liger's rotary embedding, which it leaves out, is there for good once it is taken. Few, since an
 # interpreted step takes seconds.
-CASES = (("llama", "selective"), ("llama", "none"), ("qwen3", "none"))
+CASES = (("llama", "selective"), *((name, "none") for name in CONFIGS))
 
 
 def mend_interpreter() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import run_ranks
+from transformers import AlbertConfig, LlamaConfig
 
 from fullft.errors import BadInput
 from fullft.kernels import choose
@@ -34,11 +35,16 @@ def test_training_is_the_same_with_fused_kernels(tmp_path: Path, monkeypatch: py
 
 
 def test_kernels_that_cannot_be_had(recipe: dict[str, Any]) -> None:
-    assert choose(parse_recipe(recipe), "llama", on_gpu=False) == ("none", "those of transformers: there is no GPU")
+    llama = LlamaConfig()
+    assert choose(parse_recipe(recipe), llama, on_gpu=False) == ("none", "those of transformers: there is no GPU")
     recipe["train"]["kernels"] = "liger"
     with pytest.raises(BadInput, match=r"train\.kernels: liger, but there is no GPU; take auto or none"):
         preflight(parse_recipe(recipe), 1)
     recipe["train"]["kernels"] = "none"
-    assert choose(parse_recipe(recipe), "llama", on_gpu=True)[0] == "none"
+    assert choose(parse_recipe(recipe), llama, on_gpu=True)[0] == "none"
     recipe["train"]["kernels"] = "auto"
-    assert "liger has none for albert" in choose(parse_recipe(recipe), "albert", True)[1] or not INSTALLED
+    other, gelu = AlbertConfig(), LlamaConfig(hidden_act="gelu")
+    assert choose(parse_recipe(recipe), other, True) == (
+        "none", "those of transformers: liger's are taken for llama, mistral, qwen2, qwen3 only, and this is albert"
+    )  # fmt: skip
+    assert choose(parse_recipe(recipe), gelu, True)[1].endswith("liger's MLP is gated by SiLU, not by gelu")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fullft.data.mixture import Mixture
 from fullft.data.sequences import Sequences
-from fullft.documents import Documents
+from fullft.documents import Documents, moved
 from fullft.loss import IGNORE, Labelled
 
 
@@ -56,8 +56,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         ids, positions, labels, replay = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
+            moved(tensor, device) for tensor in (self.input_ids, self.position_ids, self.labels, self.replay)
         )
         return replace(
             self, input_ids=ids, position_ids=positions, labels=labels, replay=replay,

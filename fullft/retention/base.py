@@ -32,10 +32,10 @@ from fullft import lease, signals, watchdog
 from fullft.cluster import is_shared
 from fullft.data.batches import Batch, Batches
 from fullft.data.progress import progress
-from fullft.documents import Documents
+from fullft.documents import moved
 from fullft.errors import BadInput, Preempted
 from fullft.head import Divergence, Head
-from fullft.loss import IGNORE, kl_divergence, labelled_logits
+from fullft.loss import kl_divergence
 from fullft.recipe import Recipe
 from fullft.retention.run import SAID_SECONDS, batched
 from fullft.weights import NewFile, Part, create, new_file, stored_tensors, tensors_of, write_parts
@@ -53,12 +53,27 @@ class Rows:
     key: str  # tells them from others
 
 
-def logits_of_rows(engine: Any, rows: Rows, chosen: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`labelled_logits` of the chosen rows, whose documents are apart."""
+@contextlib.contextmanager
+def logits_of_rows(
+    head: Head, rows: Rows, chosen: Sequence[int], device: torch.device | str
+) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+    """Forward pass of the chosen rows, whose documents are apart. A collective to enter, not to use.
+
+    Gives (row, number of a label of it, logits [positions, vocabulary] fp32 from that label on), some positions at a
+    time, all of them in turn.
+    """
     ids, positions, labels = rows.batch(chosen)
-    at, documents = engine.device, Documents.of(positions)
-    logits, kept = labelled_logits(engine, ids.to(at), positions.to(at), labels.to(at), documents.to(at))
-    return logits, kept
+    nobody = [(0, 0)] * len(chosen)
+    batch = Batch.of(ids, positions, labels, [ids.shape[1]] * len(chosen), [False] * len(chosen), nobody)
+
+    def parts(read: Callable[[int, int], torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
+        ends = list(itertools.accumulate(batch.labelled.counts))
+        for row, end, count in zip(chosen, ends, batch.labelled.counts, strict=True):
+            for first in range(end - count, end, head.positions_at_once):
+                yield row, first - (end - count), read(first, min(first + head.positions_at_once, end))
+
+    with head.read(batch.to(device)) as read:
+        yield parts(read)
 
 
 class Predictions:
@@ -91,7 +106,7 @@ class Predictions:
         if part is not None:
             first, last = first + part[0], min(first + sum(part), last)
         columns = (self.tokens, self.logprobs, self.rest)
-        tokens, logprobs, rest = (torch.from_numpy(numpy.array(one[first:last])).to(device) for one in columns)
+        tokens, logprobs, rest = (moved(torch.from_numpy(numpy.array(one[first:last])), device) for one in columns)
         return tokens.long(), logprobs.float(), rest
 
 
@@ -282,7 +297,7 @@ def _parts(
     engine: Any, rows: Rows, top_k: int, file: NewFile, offsets: NDArray[numpy.int64], batch_size: int
 ) -> Iterator[Part]:
     """This rank's predictions, batch after batch. Each forward is a collective, so all ranks do equally many."""
-    batches = batched(rows.lengths, batch_size)
+    head, batches = Head(engine), batched(rows.lengths, batch_size)
     rank, world = dist.get_rank(), dist.get_world_size()
     title, count = f"base model's predictions ({file.path.parent.name.partition('.')[0]})", -(-len(batches) // world)
     with progress(count, title, " batches", SAID_SECONDS, shown=rank == 0) as advance:
@@ -291,15 +306,14 @@ def _parts(
                 raise Preempted
             watchdog.mark("base model's predictions")
             chosen = batches[min(number, len(batches) - 1)]
-            logits, labels = logits_of_rows(engine, rows, chosen)
-            advance(1)
-            if number >= len(batches):  # another rank's batch, only to keep step
-                continue
-            for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
-                wanted = own_logits[own_labels != IGNORE].float()
-                best = wanted.topk(top_k)
-                logprobs = best.values - wanted.logsumexp(-1, keepdim=True)
-                rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row])
-                yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
-                yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
-                yield Part(file.stored["rest"], start, rest.cpu())
+            with logits_of_rows(head, rows, chosen, engine.device) as parts:
+                advance(1)
+                if number >= len(batches):  # another rank's batch, only to keep step
+                    continue
+                for row, first, logits in parts:
+                    best = logits.topk(top_k)
+                    logprobs = best.values - logits.logsumexp(-1, keepdim=True)
+                    rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row]) + first
+                    yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
+                    yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
+                    yield Part(file.stored["rest"], start, rest.cpu())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fullft import model, signals, watchdog
 from fullft.data.batches import Batches
 from fullft.errors import BadInput, Preempted
+from fullft.head import Head
 from fullft.loss import IGNORE, kl_divergence
 from fullft.optim import layer_of
 from fullft.recipe import Recipe
@@ -113,18 +114,17 @@ class Divergence:
     def _kl(self, engine: Any, name: str, known: Predictions) -> tuple[float, float, int]:
         """Sums over all positions of the rows: KL in nats, the base's mass outside of its likeliest tokens, 1."""
         rows = _as_rows(self._rows[name])
-        batches = batched(rows.lengths, self._recipe.train.micro_batch_size)
+        head, batches = Head(engine), batched(rows.lengths, self._recipe.train.micro_batch_size)
 
         @torch.no_grad()
         def run(batch: int) -> tuple[float, float, int]:
-            chosen = batches[batch]
-            logits, labels = logits_of_rows(engine, rows, chosen)
-            nats = mass = 0.0
-            for row, own_logits, own_labels in zip(chosen, logits, labels, strict=True):
-                tokens, logprobs, rest = known.of(row, engine.device)
-                kl = kl_divergence(own_logits[own_labels != IGNORE], tokens, logprobs, rest)
-                nats, mass = nats + float(kl.double().sum()), mass + float(rest.double().sum())
-            return nats, mass, int((labels != IGNORE).sum())
+            nats, mass, count = 0.0, 0.0, 0
+            with logits_of_rows(head, rows, batches[batch], engine.device) as parts:
+                for row, first, logits in parts:
+                    tokens, logprobs, rest = known.of(row, engine.device, (first, len(logits)))
+                    nats += float(kl_divergence(logits, tokens, logprobs, rest).double().sum())
+                    mass, count = mass + float(rest.double().sum()), count + len(logits)
+            return nats, mass, count
 
         engine.eval()
         sums = share(len(batches), run, engine.device, "divergence from the base model")
