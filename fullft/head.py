@@ -9,6 +9,7 @@ that it is, once a micro-batch: under ZeRO-3 its weight is gathered and prefetch
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -91,11 +92,6 @@ class Head:
         nats, kl = of_rows.index_add(1, rows, torch.stack([nats.detach(), kl.detach()]))
         return loss, nats, kl
 
-    @property
-    def positions_at_once(self) -> int:
-        """As many as `read` should be asked for at a time."""
-        return _positions_at_once(self._module.weight, _BYTES_OF_LOGIT)
-
     @torch.no_grad()
     def read(self, batch: Batch) -> AbstractContextManager[Callable[[int, int], torch.Tensor]]:
         """Forward pass, without its head if that can be.
@@ -116,6 +112,31 @@ class Head:
         self._run(batch, keep)
         return self._logits(hidden[0], self._transform)
 
+    @contextlib.contextmanager
+    def logits(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, labels: torch.Tensor
+    ) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
+        """Forward pass, for evaluation; a collective to enter, not to use.
+
+        Args:
+            all [rows, sequence] int64 in host memory, as of a `Batch`.
+
+        Gives (row, number of a label of it, logits [positions, vocabulary] fp32 from that label on), so many positions
+        at a time that logits stay small, all of them in turn.
+        """
+        rows, width = input_ids.shape
+        batch = Batch.of(input_ids, position_ids, labels, [width] * rows, [False] * rows, [(0, 0)] * rows)
+        size = _positions_at_once(self._module.weight, _BYTES_OF_LOGIT) if self._transform else width
+        ends = list(itertools.accumulate(batch.labelled.counts))
+
+        def parts(read: Callable[[int, int], torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
+            for row, (end, count) in enumerate(zip(ends, batch.labelled.counts, strict=True)):
+                for first in range(end - count, end, size):
+                    yield row, first - (end - count), read(first, min(first + size, end))
+
+        with self.read(batch.to(self._engine.device)) as read:
+            yield parts(read)
+
     def _whole(self, batch: Batch) -> torch.Tensor:
         """Logits of all labels, [labels, vocabulary]."""
         where = batch.labelled
@@ -125,9 +146,12 @@ class Head:
     @contextlib.contextmanager
     def _logits(self, hidden: torch.Tensor, transform: Transform) -> Iterator[Callable[[int, int], torch.Tensor]]:
         import deepspeed
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         weight, bias = self._module.weight, self._module.bias
-        with deepspeed.zero.GatheredParameters([one for one in (weight, bias) if one is not None]):
+        # An evaluation may have gathered all of the model.
+        own = [one for one in (weight, bias) if one is not None and one.ds_status is not ZeroParamStatus.AVAILABLE]
+        with deepspeed.zero.GatheredParameters(own) if own else contextlib.nullcontext():
             yield lambda first, last: transform(_linear(hidden[first:last], weight, bias))
 
     def _run(self, batch: Batch, instead: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

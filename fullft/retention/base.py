@@ -43,37 +43,19 @@ from fullft.weights import NewFile, Part, create, new_file, stored_tensors, tens
 FILE = "predictions.safetensors"
 
 
+Columns = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids, position ids, labels as in a `Batch`
+
+
 @dataclass(frozen=True)
 class Rows:
     """Rows of tokens on which two models are compared, at the positions that have a label."""
 
     lengths: Sequence[int]
     count: Callable[[int], int]  # labels of a row
-    batch: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]  # ids, position ids, labels as in a `Batch`
+    batch: Callable[
+        [Sequence[int]], tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ]  # ids, position ids, labels as in a `Batch`
     key: str  # tells them from others
-
-
-@contextlib.contextmanager
-def logits_of_rows(
-    head: Head, rows: Rows, chosen: Sequence[int], device: torch.device | str
-) -> Iterator[Iterator[tuple[int, int, torch.Tensor]]]:
-    """Forward pass of the chosen rows, whose documents are apart. A collective to enter, not to use.
-
-    Gives (row, number of a label of it, logits [positions, vocabulary] fp32 from that label on), some positions at a
-    time, all of them in turn.
-    """
-    ids, positions, labels = rows.batch(chosen)
-    nobody = [(0, 0)] * len(chosen)
-    batch = Batch.of(ids, positions, labels, [ids.shape[1]] * len(chosen), [False] * len(chosen), nobody)
-
-    def parts(read: Callable[[int, int], torch.Tensor]) -> Iterator[tuple[int, int, torch.Tensor]]:
-        ends = list(itertools.accumulate(batch.labelled.counts))
-        for row, end, count in zip(chosen, ends, batch.labelled.counts, strict=True):
-            for first in range(end - count, end, head.positions_at_once):
-                yield row, first - (end - count), read(first, min(first + head.positions_at_once, end))
-
-    with head.read(batch.to(device)) as read:
-        yield parts(read)
 
 
 class Predictions:
@@ -201,7 +183,7 @@ def replay_divergence(
 
 
 def _rows_of(batches: Batches, sequences: list[tuple[int, int]]) -> Rows:
-    def batch(chosen: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    def batch(chosen: Sequence[int]) -> Columns:
         one = batches.collate([sequences[row] for row in chosen])
         return one.input_ids, one.position_ids, one.labels
 
@@ -306,14 +288,14 @@ def _parts(
                 raise Preempted
             watchdog.mark("base model's predictions")
             chosen = batches[min(number, len(batches) - 1)]
-            with logits_of_rows(head, rows, chosen, engine.device) as parts:
+            with head.logits(*rows.batch(chosen)) as parts:
                 advance(1)
                 if number >= len(batches):  # another rank's batch, only to keep step
                     continue
-                for row, first, logits in parts:
+                for at, first, logits in parts:
                     best = logits.topk(top_k)
                     logprobs = best.values - logits.logsumexp(-1, keepdim=True)
-                    rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[row]) + first
+                    rest, start = (1 - logprobs.exp().sum(-1)).clamp(min=0), int(offsets[chosen[at]]) + first
                     yield Part(file.stored["tokens"], start * top_k, best.indices.int().flatten().cpu())
                     yield Part(file.stored["logprobs"], start * top_k, logprobs.half().flatten().cpu())
                     yield Part(file.stored["rest"], start, rest.cpu())

@@ -19,7 +19,7 @@ from fullft.head import Head
 from fullft.loss import IGNORE, kl_divergence
 from fullft.optim import layer_of
 from fullft.recipe import Recipe
-from fullft.retention.base import Predictions, Rows, logits_of_rows, predict
+from fullft.retention.base import Columns, Predictions, Rows, predict
 from fullft.retention.pull import parts_without, squared_norm
 from fullft.retention.run import batched, share
 from fullft.retention.tasks import Prepared
@@ -119,9 +119,10 @@ class Divergence:
         @torch.no_grad()
         def run(batch: int) -> tuple[float, float, int]:
             nats, mass, count = 0.0, 0.0, 0
-            with logits_of_rows(head, rows, batches[batch], engine.device) as parts:
-                for row, first, logits in parts:
-                    tokens, logprobs, rest = known.of(row, engine.device, (first, len(logits)))
+            chosen = batches[batch]
+            with head.logits(*rows.batch(chosen)) as parts:
+                for at, first, logits in parts:
+                    tokens, logprobs, rest = known.of(chosen[at], engine.device, (first, len(logits)))
                     nats += float(kl_divergence(logits, tokens, logprobs, rest).double().sum())
                     mass, count = mass + float(rest.double().sum()), count + len(logits)
             return nats, mass, count
@@ -240,7 +241,7 @@ def _labels(row: Row) -> int:
 
 
 def _as_rows(rows: list[Row]) -> Rows:
-    def batch(chosen: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    def batch(chosen: Sequence[int]) -> Columns:
         width = max(len(rows[row][0]) for row in chosen)
         columns: tuple[list[list[int]], ...] = ([], [], [])
         for row in chosen:
@@ -249,7 +250,8 @@ def _as_rows(rows: list[Row]) -> Rows:
             columns[0].append(ids + [0] * padding)
             columns[1].append(positions + list(range(padding)))
             columns[2].append(labels + [IGNORE] * padding)
-        return tuple(torch.tensor(column) for column in columns)
+        ids_of, positions_of, labels_of = (torch.tensor(column) for column in columns)
+        return ids_of, positions_of, labels_of
 
     key = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
     return Rows([len(ids) for ids, *_ in rows], lambda row: _labels(rows[row]), batch, key)

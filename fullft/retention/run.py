@@ -21,7 +21,8 @@ from fullft import signals, watchdog
 from fullft.cluster import available_host_memory
 from fullft.data.progress import progress
 from fullft.errors import Preempted
-from fullft.loss import IGNORE, labelled_logits
+from fullft.head import Head
+from fullft.loss import IGNORE, cross_entropy, labelled_logits
 from fullft.retention.tasks import Pair, Prepared, Prompt, Window, answer
 
 SAID_SECONDS = 30  # between two lines on how far an evaluation is
@@ -136,7 +137,7 @@ def max_positions(model: Any) -> int | None:
     return found
 
 
-def _padded(rows: Sequence[Sequence[int]], filler: int, device: Any) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]], filler: int, device: Any = "cpu") -> torch.Tensor:
     """[rows, longest] int64, filled up at the end."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], device=device)
@@ -147,22 +148,21 @@ def _padded(rows: Sequence[Sequence[int]], filler: int, device: Any) -> torch.Te
 
 def text_sums(engine: Any, windows: Sequence[Window], size: int, title: str) -> list[tuple[float, int, int]]:
     """Of each window: sum of ln p of its labels (nats), number of labels, how many were the likeliest token."""
-    batches = batched([len(ids) for ids, _ in windows], size)
+    head, batches = Head(engine), batched([len(ids) for ids, _ in windows], size)
 
     @torch.no_grad()
     def run(batch: int) -> list[tuple[float, int, int]]:
         chosen = [windows[index] for index in batches[batch]]
-        ids = _padded([ids for ids, _ in chosen], 0, engine.device)
-        labels = _padded([labels for _, labels in chosen], IGNORE, engine.device)
-        positions = torch.arange(ids.shape[1], device=engine.device).expand_as(ids)
-        logits, labels = labelled_logits(engine, ids, positions, labels)
-        # Flat, so that the vocabulary is the last dimension: over another one, torch's CPU softmax adds up tens of
-        # thousands of terms one by one, which is wrong by 1e-4 nats a token.
-        flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        losses = flat.view(labels.shape)
-        hits = (logits.argmax(-1) == labels) & (labels != IGNORE)
-        nats = (-losses.double().sum(1)).tolist()
-        return list(zip(nats, (labels != IGNORE).sum(1).tolist(), hits.sum(1).tolist(), strict=True))
+        ids, labels = _padded([ids for ids, _ in chosen], 0), _padded([labels for _, labels in chosen], IGNORE)
+        found = [(0.0, 0, 0)] * len(chosen)
+        with head.logits(ids, torch.arange(ids.shape[1]).expand_as(ids).contiguous(), labels) as parts:
+            for row, first, logits in parts:
+                targets = labels[row][labels[row] != IGNORE][first : first + len(logits)].to(logits.device)
+                nats = -cross_entropy(logits, targets).double().sum()
+                hits = (logits.argmax(-1) == targets).sum()
+                now = (nats.item(), len(targets), int(hits))
+                found[row] = tuple(a + b for a, b in zip(found[row], now, strict=True))  # type: ignore[assignment]
+        return found
 
     results = share(len(batches), run, engine.device, title)
     sums = {
