@@ -44,6 +44,8 @@ class Turns:
         self._lines = self._socket.makefile("r")
         self._marks: list[tuple[float, float]] = []
         self._left = 0
+        # What the contender runs with; each turn tells it, since a time limit may come before its end.
+        self.in_use: dict[str, Any] = {}
         # A time limit ends the process that gives turns, which ends this one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -56,7 +58,7 @@ class Turns:
         if self._left == 0:
             if self._marks:
                 self._mark()
-                self._send({"marks": self._marks})
+                self._send({"marks": self._marks, "in_use": self.in_use})
             elif _cpu():
                 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[_rank() % len(os.sched_getaffinity(0))]})
             self._left = json.loads(self._lines.readline() or "0")
@@ -152,6 +154,7 @@ class Contender:
     ranks: int = 1
     turns: list[dict[str, float]] = field(default_factory=list)  # of the counted turns: seconds, CPU seconds, steps
     results: list[dict[str, Any]] = field(default_factory=list)  # of each rank of the last life
+    in_use: dict[str, Any] = field(default_factory=dict)  # attention, kernels …, as its first rank has told
 
 
 class _Life:
@@ -189,7 +192,8 @@ class _Life:
                 one.sendall(f"{-steps if kind == 'first' else steps}\n".encode())
         except BrokenPipeError:
             raise self._failure() from None
-        marks = [json.loads(self._read(rank))["marks"] for rank in range(self.contender.ranks)]
+        told = [json.loads(self._read(rank)) for rank in range(self.contender.ranks)]
+        marks, self.contender.in_use = [one["marks"] for one in told], told[0]["in_use"]
         if kind == "warm-up":
             return
         wall = max(one[-1][0] - one[0][0] for one in marks)
