@@ -32,9 +32,11 @@ MIB = 2**20
 HIDDEN = 64
 METHODS = ("full", "fullft", "checkpointed", "torch", "torch-per-label", "deepspeed")
 # Those that this torch lacks, and why.
-MISSING = {} if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions") else dict.fromkeys(
-    ("torch", "torch-per-label"), f"torch {torch.__version__} has no F.linear_cross_entropy with options"
-)  # fmt: skip
+MISSING: dict[str, str] = {}
+if not (hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions")):
+    MISSING = dict.fromkeys(
+        ("torch", "torch-per-label"), f"no F.linear_cross_entropy with options: torch {torch.__version__}"
+    )
 SIZES = ((32768, 2048), (131072, 1024))  # vocabulary, labels
 LARGE = (131072, 16384)
 
