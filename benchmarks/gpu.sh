@@ -6,6 +6,8 @@
 #     OUT=/tmp/out benchmarks/gpu.sh step-1b step-8b
 #     DS_ACCELERATOR=cpu SIZES=tiny LENGTH=256 benchmarks/gpu.sh      # proves the parts without a GPU
 #
+# `python -m benchmarks.environment --carry`, where there is network, says how to fetch the packages.
+#
 # Parts: environment matmul tests whole_run account step kernels; step is step-SIZE for each of SIZES. One that fails or
 # takes too long does not stop the next; what it has measured until then is kept. gpu.md is made anew after each, from
 # all parts that OUT has.

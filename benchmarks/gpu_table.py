@@ -37,7 +37,7 @@ def head(environment: dict[str, Any]) -> list[str]:
                       if name in versions)  # fmt: skip
     lines = [f"# {machine.get('gpu') or machine.get('cpu', 'unknown machine')}", "", names]
     lines += [f"- missing: {one}" for one in environment.get("missing", [])]
-    lines += [f"- not here: {one}" for one in environment.get("of_use", [])]
+    lines += [f"- not in this environment: {one}" for one in environment.get("of_use", [])]
     if environment and not (environment.get("compiler") and environment.get("nvcc")):
         lines.append("- no compiler or no nvcc: DeepSpeed cannot build its own operators here")
     return [*lines, ""]
@@ -79,8 +79,10 @@ def of_results(results: dict[str, Any]) -> list[str]:
                 lines += [f"## Switches, {one['conditions']['size']}", ""]
                 lines += [*markdown(KERNELS, [kernel_row(each) for each in rows["switches"]]), ""]
             case "account":
+                found = rows["account"]
+                sizes = f"hidden {found['hidden']}, {found['layers']} layers, {found['sequence_length']} tokens"
                 share = one["goals"][0]["measured"]
-                lines += ["## Account of a step", "", f"It takes {share:.2%} of a step's processor time.", ""]
+                lines += [f"## Account of a step, {sizes}", "", f"It takes {share:.2%} of its processor time.", ""]
     return lines
 
 

@@ -161,7 +161,7 @@ class _Life:
     """The running ranks of a contender."""
 
     def __init__(self, contender: Contender, log: Path, cpu: bool, seconds: float) -> None:
-        self.contender, self._log, self._deadline = contender, log, time.monotonic() + seconds
+        self.contender, self._log, self.deadline = contender, log, time.monotonic() + seconds
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -209,7 +209,7 @@ class _Life:
             process.wait(60)
 
     def _read(self, rank: int) -> str:
-        self._sockets[rank].settimeout(max(1.0, self._deadline - time.monotonic()))
+        self._sockets[rank].settimeout(max(1.0, self.deadline - time.monotonic()))
         try:
             line = self._lines[rank].readline()
         except TimeoutError:
@@ -280,9 +280,11 @@ def alternate(
                         busy.contender.turns.clear()
                         busy.kill()
                         lives.remove(busy)
-        except OutOfTime:  # those that wait for a turn can still tell losses and memory
+        except OutOfTime:  # those that wait for a turn can still tell losses and memory, if they have begun
+            until = time.monotonic() + 10  # then whoever gave the limit may kill us
             for life in lives:
-                if life is not busy:
+                if life is not busy and life.contender.turns:
+                    life.deadline = until
                     with contextlib.suppress(Failed):
                         life.end()
             raise
