@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import goal, write
+from benchmarks.common import goal, machine, write
 from benchmarks.remedies import write_inputs
 
 LIMIT = 0.005
@@ -33,7 +33,7 @@ UNITS = ("seconds", "processor_seconds")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, help="default: 2, on a GPU 1")
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--on-rank", nargs=2, metavar="WORD", help=argparse.SUPPRESS)
@@ -41,6 +41,7 @@ def main() -> None:
     if arguments.on_rank:
         on_rank(Path(arguments.on_rank[0]), int(arguments.on_rank[1]))
         return
+    arguments.ranks = arguments.ranks or (2 if machine()["gpu"] is None else 1)
     rounds = 4 if arguments.quick else arguments.rounds
     with tempfile.TemporaryDirectory(prefix="fullft-benchmark-") as name:
         folder = Path(name)

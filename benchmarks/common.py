@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("FULLFT_BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "mpi4py", "trl", "triton")
 
@@ -96,22 +97,40 @@ def goal(name: str, wanted: str, measured: float, met: bool) -> dict[str, Any]:
     return {"name": name, "goal": wanted, "measured": measured, "met": met}
 
 
+def commit() -> str:
+    """HEAD, and whether files other than results have changed since; where git cannot tell: unknown."""
+    results = [f":(exclude,literal){RESULTS.resolve()}"] if RESULTS.resolve().is_relative_to(ROOT) else []
+    found = []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--", ".", ":!benchmarks/results", *results]):
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):  # not installed; no repository, or another user's
+            return "unknown"
+        found.append(done.stdout.strip())
+    return found[0] + (" with changes" if found[1] else "")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all: whoever is killed while it writes leaves what was there before."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(file)
+
+
 def write(name: str, rows: dict[str, Any], goals: list[dict[str, Any]], **more: Any) -> Path:
     """benchmarks/results/<name>-<gpu or cpu>.json; `name` is the module's, and behind a hyphen which of its results."""
     here = machine()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout.strip()
     kind = (here["gpu"] or "cpu").lower().replace(" ", "-")
-    RESULTS.mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{name}-{kind}.json"
     content = {
         "benchmark": name, "date": time.strftime("%Y-%m-%d"), "command": "python -m " + " ".join(
             # Where files lie tells nobody.
             [f"benchmarks.{name.partition('-')[0]}", *(Path(word).name for word in sys.argv[1:])]
-        ), "commit": commit + (" with changes" if dirty else ""), "machine": here, "versions": _versions(),
+        ), "commit": commit(), "machine": here, "versions": _versions(),
         "goals": goals, "rows": rows,
     } | more  # fmt: skip
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(file, content)
     for one in goals:
         print(f"{'met   ' if one['met'] else 'MISSED'} {one['name']}: {one['measured']:.4g} (goal {one['goal']})")
     print(file)

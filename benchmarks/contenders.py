@@ -24,22 +24,33 @@ def main() -> None:
     turns = Turns(arguments.turns)
 
     from fullft import cluster
+    from fullft.preflight import preflight
     from fullft.recipe import load_recipe
 
     me, recipe = cluster.discover(), load_recipe(arguments.recipe, arguments.overrides)
-    inputs = preflight(recipe, me.world_size)
+    inputs = preflight(recipe, me.world_size, room=False)  # runs here are left before they write anything large
     cluster.join(me, recipe.train.timeout_minutes)
+    turns.in_use = in_use(recipe, inputs)
     if arguments.kind == "fullft":
         turns.end(**fullft(recipe, me, inputs, turns))
     turns.end(**bare(recipe, me, inputs, turns))
 
 
-def preflight(recipe: Any, ranks: int, on_gpu: bool | None = None) -> Any:
-    """fullft's, without the room on disk for checkpoints and export: runs here are left before they write any."""
-    from fullft import preflight
+def in_use(recipe: Any, inputs: Any) -> dict[str, Any]:
+    """What this rank runs with, whatever `auto` came to, and bytes of its training state."""
+    import torch
 
-    preflight._room_problems = lambda *_: []
-    return preflight.preflight(recipe, ranks, on_gpu)
+    from fullft import attention, model
+
+    name, gpu = inputs.attention.name, torch.cuda.is_available()
+    place = {"dtype": model.precision(recipe), "device": "cuda" if gpu else "cpu"}
+    if name == "varlen" and not attention._has_kernel(torch.empty(1, 1, 1, inputs.attention.layers[0].size, **place)):
+        name = "varlen, a call per document"
+    return {
+        "attention": name, "kernels": inputs.plan["kernels"], "mlp_tiles": recipe.train.mlp_tiles,
+        "activation_checkpointing": inputs.plan["activation_checkpointing"],
+        "state_bytes": inputs.plan["device_bytes_per_rank"],
+    }  # fmt: skip
 
 
 class Watched:

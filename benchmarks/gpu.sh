@@ -1,69 +1,94 @@
 #!/usr/bin/env bash
-# Everything that needs one GPU: no network, one command, results in benchmarks/results (or $OUT) as JSON and gpu.md.
+# Everything that needs one GPU: no network, results in benchmarks/results (or $OUT) as JSON, gpu.md and one log.
 #
-#     benchmarks/gpu.sh                     # 30 minutes at most, each part 10
-#     SIZES="1b 8b" OUT=/tmp/out benchmarks/gpu.sh
+#     benchmarks/gpu.sh                                     # all parts: 30 minutes at most, each 10
+#     OUT=/tmp/out benchmarks/gpu.sh environment kernels    # these; a later call adds to the same OUT
+#     OUT=/tmp/out benchmarks/gpu.sh step-1b step-8b
 #     DS_ACCELERATOR=cpu SIZES=tiny LENGTH=256 benchmarks/gpu.sh      # proves the parts without a GPU
 #
-# A part that fails or takes too long does not stop the next; what it has measured until then is kept, with its log.
+# `python -m benchmarks.environment --carry`, where there is network, says how to fetch the packages.
 #
-#   PYTHON      interpreter (python3)             SIZES    models of benchmarks/models.py (the largest that fits, 1b)
-#   TRL_PYTHON  interpreter that has TRL (PYTHON) LENGTH   tokens of a sequence (8192)
-#   PARTS       some of: environment matmul tests whole_run step kernels
-#   SECONDS_IN_ALL, SECONDS_OF_PART               (1800, 600)
+# Parts: environment matmul tests whole_run account step kernels; step is step-SIZE for each of SIZES. One that fails or
+# takes too long does not stop the next; what it has measured until then is kept. gpu.md is made anew after each, from
+# all parts that OUT has.
+#
+#   PYTHON      interpreter (python3)             SIZES         models of benchmarks/models.py (the largest that fits, 1b)
+#   TRL_PYTHON  interpreter that has TRL (PYTHON) KERNELS_SIZE  model of kernels (0.5b, tiny on a CPU)
+#   LENGTH      tokens of a sequence (8192)       WHOLE_RUN_SIZE  (small)
+#   SECONDS_IN_ALL, SECONDS_OF_PART (1800, 600)   of this call: 550 where a command gets 10 minutes
 set -uo pipefail
+mkdir -p "${OUT:-.}"
+results=${OUT:+$(cd "$OUT" && pwd)}
 cd "$(dirname "$0")/.."
+results=${results:-$PWD/benchmarks/results}
 
 python=${PYTHON:-python3}
-parts=${PARTS:-environment matmul tests whole_run step kernels}
 length=${LENGTH:-8192}
 in_all=${SECONDS_IN_ALL:-1800}
 of_part=${SECONDS_OF_PART:-600}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 WANDB_MODE=disabled
-export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false PYTORCH_ALLOC_CONF=expandable_segments:True
-export FULLFT_BENCHMARK_RESULTS="${OUT:-$PWD/benchmarks/results}"
-results=$FULLFT_BENCHMARK_RESULTS
-logs=$results/logs
-mkdir -p "$logs"
-: > "$results/parts.jsonl"
+export PYTHONWARNINGS=ignore TOKENIZERS_PARALLELISM=false PYTORCH_ALLOC_CONF=expandable_segments:True PYTHONUNBUFFERED=1
+export FULLFT_BENCHMARK_RESULTS="$results"
+log=$results/gpu.log
+kernels_size=${KERNELS_SIZE:-0.5b} quick=()
+[[ ${DS_ACCELERATOR:-} == cpu ]] && kernels_size=${KERNELS_SIZE:-tiny} quick=(--quick)
 started=$SECONDS
 
-# part NAME SECONDS COMMAND…: within its time and what is left of all; how it ended stands in parts.jsonl.
+# part NAME SECONDS COMMAND…: within its time and what is left of all; parts.jsonl tells how it ended, and its results.
 part() {
-    local name=$1 limit=$2 left=$((in_all - (SECONDS - started))) began=$SECONDS code=0
+    local name=$1 limit=$2 left=$((in_all - (SECONDS - started))) began=$SECONDS code=0 own files
     shift 2
-    local command="${*//"$python"/python}"
-    if ((left < 20)); then
-        echo "== $name: not started, the time is over"
-        echo "{\"part\": \"$name\", \"code\": null, \"seconds\": 0, \"command\": \"$command\"}" >> "$results/parts.jsonl"
-        return
-    fi
+    ((limit > of_part)) && limit=$of_part
     ((limit > left)) && limit=$left
-    echo "== $name (at most $limit s): $*"
-    # The signal goes to all processes of the part: it writes what it has, and leaves no rank behind.
-    timeout --kill-after=30 "$limit" "$@" > "$logs/$name.log" 2>&1 || code=$?
-    if ((code == 0)); then tail -n 12 "$logs/$name.log"; else tail -n 30 "$logs/$name.log"; fi
-    ((code == 124 || code == 137)) && echo "-- $name: took longer than $limit s"
-    ((code == 0)) || echo "-- $name: exit code $code, see $logs/$name.log"
-    echo "{\"part\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - began)), \"command\": \"$command\"}" \
-        >> "$results/parts.jsonl"
+    own=$(mktemp)
+    if ((left < 20)); then
+        code=null
+        echo "== $name: not started, the time is over" | tee -a "$log"
+    else
+        echo "== $name (at most $limit s): $*" | tee -a "$log"
+        # The signal goes to all processes of the part: it writes what it has, and leaves no rank behind.
+        timeout --kill-after=30 "$limit" "$@" > "$own" 2>&1 || code=$?
+        cat "$own" >> "$log"
+        tail -n $((code == 0 ? 12 : 30)) "$own"
+        ((code == 0)) || echo "-- $name: exit code $code, see $log"
+        ((code == 124 || code == 137)) && echo "-- $name: took longer than $limit s"
+    fi
+    # A part says which files it has written, each on a line.
+    files=$(grep -Fx -f <(printf '%s\n' "$results"/*.json) "$own" | sort -u | sed 's|.*/\(.*\)|"\1"|' | paste -sd,)
+    rm "$own"
+    echo "{\"part\": \"$name\", \"code\": $code, \"seconds\": $((SECONDS - began))," \
+        "\"command\": \"${*//"$python"/python}\", \"results\": [$files]}" >> "$results/parts.jsonl"
+    "$python" -m benchmarks.gpu_table "$results" > "$results/gpu.md.part" && mv "$results/gpu.md.part" "$results/gpu.md"
 }
 
-wanted() { [[ " $parts " == *" $1 "* ]]; }
+# The largest model that fits, and 1b.
+sizes() {
+    local fitting
+    fitting=$("$python" -m benchmarks.models --fitting | tr '\n' ' ')
+    echo "${SIZES:-${fitting%% *}$([[ " $fitting" == *" 1b "* && $fitting != 1b* ]] && echo " 1b")}"
+}
 
-wanted environment && part environment "$((of_part < 60 ? of_part : 60))" "$python" -m benchmarks.environment
-wanted matmul && part matmul "$((of_part < 120 ? of_part : 120))" "$python" -m benchmarks.matmul
-fitting=$("$python" -m benchmarks.models --fitting | tr '\n' ' ')
-sizes=${SIZES:-${fitting%% *}$([[ " $fitting" == *" 1b "* && $fitting != 1b* ]] && echo " 1b")}
-echo "sizes: $sizes"
-wanted tests && part tests "$((of_part < 300 ? of_part : 300))" \
-    env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests
-wanted whole_run && part whole_run "$((of_part < 300 ? of_part : 300))" \
-    "$python" -m benchmarks.whole_run --size "${WHOLE_RUN_SIZE:-small}"
-for size in $sizes; do
-    wanted step && part "step-$size" "$of_part" \
-        "$python" -m benchmarks.step --quick --size "$size" --length "$length" --trl-python "${TRL_PYTHON:-$python}"
+run() {
+    case $1 in
+        environment) part environment 60 "$python" -m benchmarks.environment ;;
+        matmul) part matmul 120 "$python" -m benchmarks.matmul ;;
+        tests) part tests 300 env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
+        account) part account 120 "$python" -m benchmarks.account "${quick[@]}" ;;
+        whole_run) part whole_run 300 "$python" -m benchmarks.whole_run --size "${WHOLE_RUN_SIZE:-small}" ;;
+        step) for size in $(sizes); do run "step-$size"; done ;;
+        step-*) part "$1" 600 "$python" -m benchmarks.step --quick --size "${1#step-}" --length "$length" \
+            --trl-python "${TRL_PYTHON:-$python}" ;;
+        kernels) part kernels 600 "$python" -m benchmarks.kernels --quick --length "$length" \
+            --size "$kernels_size" ;;
+    esac
+}
+
+(($#)) || set -- environment matmul tests whole_run account step kernels
+for name in "$@"; do
+    [[ " environment matmul tests whole_run account step kernels " == *" $name "* || $name == step-?* ]] && continue
+    echo "no part is named $name; see the beginning of $0" >&2
+    exit 2
 done
-# The last of the sizes, which starts fast: there are some twenty rows.
-wanted kernels && part kernels "$of_part" "$python" -m benchmarks.kernels --quick --size "${sizes##* }" --length "$length"
-"$python" -m benchmarks.gpu_table "$results" | tee "$results/gpu.md"
+mkdir -p "$results"
+for name in "$@"; do run "$name"; done
+cat "$results/gpu.md"

@@ -11,11 +11,24 @@ from typing import Any
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    parts = [json.loads(line) for line in (folder / "parts.jsonl").read_text().splitlines()]
-    results = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    begin = min((folder / "parts.jsonl").stat().st_mtime - sum(one["seconds"] for one in parts) - 60, 2**40)
-    fresh = {name: one for name, one in results.items() if (folder / f"{name}.json").stat().st_mtime >= begin}
-    print("\n".join([*head(fresh.get("environment", {})), *of_parts(parts), *of_results(fresh)]))
+    parts, cut = {}, list[str]()
+    for number, line in enumerate((folder / "parts.jsonl").read_text().splitlines(), 1):
+        try:
+            one = json.loads(line)
+        except ValueError:
+            cut.append(f"- line {number} of parts.jsonl is not whole, and left out")
+            continue
+        # Of a part that ran again the end is the last one's; what an earlier one has measured is kept.
+        before = parts.get(one["part"], {"results": []})["results"]
+        parts[one["part"]] = one | {"results": sorted({*before, *one["results"]})}
+    results = {}
+    for name in dict.fromkeys(name for one in parts.values() for name in one["results"]):
+        try:
+            results[name] = json.loads((folder / name).read_text())
+        except (OSError, ValueError) as error:
+            cut.append(f"- {name} cannot be read, and is left out: {error}")
+    lines = [*head(results.get("environment.json", {})), *of_parts(list(parts.values()), results)]
+    print("\n".join([*lines, *cut, *of_results(results)]))
 
 
 def head(environment: dict[str, Any]) -> list[str]:
@@ -23,18 +36,26 @@ def head(environment: dict[str, Any]) -> list[str]:
     names = ", ".join(f"{name} {versions[name]}" for name in ("torch", "deepspeed", "transformers", "trl", "flash-attn")
                       if name in versions)  # fmt: skip
     lines = [f"# {machine.get('gpu') or machine.get('cpu', 'unknown machine')}", "", names]
-    return lines + [f"- missing: {one}" for one in environment.get("missing", [])] + [""]
+    lines += [f"- missing: {one}" for one in environment.get("missing", [])]
+    lines += [f"- not in this environment: {one}" for one in environment.get("of_use", [])]
+    if environment and not (environment.get("compiler") and environment.get("nvcc")):
+        lines.append("- no compiler or no nvcc: DeepSpeed cannot build its own operators here")
+    return [*lines, ""]
 
 
-def of_parts(parts: list[dict[str, Any]]) -> list[str]:
+def of_parts(parts: list[dict[str, Any]], results: dict[str, Any]) -> list[str]:
     words = {0: "done", 124: "cut off by its time limit", 137: "cut off by its time limit", None: "not started"}
-    rows = [(one["part"], words.get(one["code"], f"failed ({one['code']})"), one["seconds"]) for one in parts]
+    rows = []
+    for one in parts:
+        conditions = [results[name].get("conditions", {}) for name in one["results"] if name in results]
+        without = "".join(f", without {name}" for each in conditions for name in each.get("without", []))
+        rows.append((one["part"], words.get(one["code"], f"failed ({one['code']})") + without, one["seconds"]))
     return [*markdown(("part", "how it ended", "s"), rows), ""]
 
 
 def of_results(results: dict[str, Any]) -> list[str]:
     lines: list[str] = []
-    for name, one in results.items():
+    for one in results.values():
         rows = one.get("rows", {})
         match one.get("benchmark", "").split("-")[0]:
             case "matmul":
@@ -49,35 +70,49 @@ def of_results(results: dict[str, Any]) -> list[str]:
                 goals = [(each["name"], each["goal"], f"{each['measured']:.4g}", "yes" if each["met"] else "NO")
                          for each in one["goals"]]  # fmt: skip
                 lines += [*markdown(("goal", "wanted", "measured", "met"), goals), ""]
+                if memory := rows["ratios"].get("fullft/trl"):
+                    lines += [f"fullft's peak is {memory['peak_bytes']:.2f} of TRL's, training state included.", ""]
+                lines += [f"- without {each}: it is not installed" for each in one["conditions"].get("without", [])]
                 lines += [f"- {each} was not measured: {why.strip().splitlines()[-1][:200]}"
                           for each, why in one["conditions"]["failed"].items()] + [""]  # fmt: skip
             case "kernels":
                 lines += [f"## Switches, {one['conditions']['size']}", ""]
                 lines += [*markdown(KERNELS, [kernel_row(each) for each in rows["switches"]]), ""]
-            case _:
-                print(f"no table for {name}.json", file=sys.stderr)
+            case "account":
+                found = rows["account"]
+                sizes = f"hidden {found['hidden']}, {found['layers']} layers, {found['sequence_length']} tokens"
+                share = one["goals"][0]["measured"]
+                lines += [f"## Account of a step, {sizes}", "", f"It takes {share:.2%} of its processor time.", ""]
     return lines
 
 
-STEP = ("", "s/step", "tokens/s", "labelled tokens/s", "MFU of matmul", "peak GiB")
+STEP = ("", "attention; kernels; checkpointing", "s/step", "tokens/s", "labelled tokens/s", "MFU of matmul", "peak GiB",
+        "of it state")  # fmt: skip
 
 
 def step_row(name: str, one: dict[str, Any]) -> tuple[str, ...]:
     peak = f"{one['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in one else "?"
-    return (name, f"{one['step_seconds']:.3f}", f"{one['tokens_per_second']:,.0f}",
-            f"{one['labelled_tokens_per_second']:,.0f}", f"{one['mfu_of_matmul']:.1%}", peak)  # fmt: skip
+    state = f"{one['in_use']['state_bytes'] / 2**30:.1f}"
+    return (name, used(one), f"{one['step_seconds']:.3f}", f"{one['tokens_per_second']:,.0f}",
+            f"{one['labelled_tokens_per_second']:,.0f}", f"{one['mfu_of_matmul']:.1%}", peak, state)  # fmt: skip
 
 
-KERNELS = ("switch", "value", "s/step", "× as it is", "peak GiB", "loss difference")
+def used(one: dict[str, Any]) -> str:
+    in_use = one["in_use"]
+    return f"{in_use['attention']}; {in_use['kernels']}; {in_use['activation_checkpointing']}"
+
+
+KERNELS = ("switch", "value", "attention; kernels; checkpointing", "s/step", "× as it is", "peak GiB",
+           "loss difference")  # fmt: skip
 
 
 def kernel_row(one: dict[str, Any]) -> tuple[str, ...]:
     start = (one["switch"], one["value"])
     if "not_measured" in one:
-        return (*start, one["not_measured"].replace("|", "/"), "", "", "")
+        return (*start, one["not_measured"].replace("|", "/"), "", "", "", "")
     times = one["seconds_of_base"]["median"] if "seconds_of_base" in one else float("nan")
     peak = f"{one['peak_bytes'] / 2**30:.1f}" if "peak_bytes" in one else "?"
-    return (*start, f"{one['step_seconds']:.3f}", f"{times:.3f}", peak,
+    return (*start, used(one), f"{one['step_seconds']:.3f}", f"{times:.3f}", peak,
             f"{one.get('loss_difference', float('nan')):.1e}")  # fmt: skip
 
 

@@ -79,16 +79,6 @@ def model_flops(size: str, documents: Iterable[int], positions: int, head_positi
     return 3.0 * (linear + attention)
 
 
-def activation_bytes(size: str, tokens: int) -> float:
-    """Of bf16 training without recomputation, an upper bound: 16h + 8f + 4Hd + 4Kd + 4H a token and layer (Llama of
-    transformers with flash attention, counted by saved-tensor hooks), and 14 bytes a logit."""
-    shape = SHAPES[size]
-    h, heads, kv = shape["hidden_size"], shape["num_attention_heads"], shape["num_key_value_heads"]
-    d = shape.get("head_dim", h // heads)
-    of_layer = 16 * h + 8 * shape["intermediate_size"] + 4 * d * (heads + kv) + 4 * heads
-    return float(tokens) * (shape["num_hidden_layers"] * of_layer + 14 * shape["vocab_size"])
-
-
 def prepare(folder: Path, size: str, data: list[Path], tokenizer: Path | None) -> tuple[list[str], Path]:
     """The training files of a recipe (chats out of Python's documentation if none are given), and the model's folder,
     with that tokenizer (default: one trained on the same documentation)."""

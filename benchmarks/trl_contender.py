@@ -35,7 +35,6 @@ def main() -> None:
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(1 if cpu else torch.get_num_threads())
-    attention = attention_of(cpu)
     config = SFTConfig(
         output_dir=settings["folder"], max_steps=settings["steps"], use_cpu=cpu, bf16=not cpu,
         packing=True, max_length=settings["sequence_length"],
@@ -47,7 +46,7 @@ def main() -> None:
         adam_beta1=settings["betas"][0], adam_beta2=settings["betas"][1], weight_decay=0.0,
         max_grad_norm=settings["max_grad_norm"], logging_steps=1, report_to="none", save_strategy="no",
         disable_tqdm=True, seed=settings["seed"],
-        model_init_kwargs={"attn_implementation": attention, "dtype": "float32" if cpu else "bfloat16"},
+        model_init_kwargs={"attn_implementation": attention_of(cpu), "dtype": "float32" if cpu else "bfloat16"},
     )  # fmt: skip
 
     class Callback(TrainerCallback):
@@ -66,10 +65,15 @@ def main() -> None:
                                    cache_dir=f"{settings['folder']}/hub-{os.environ['RANK']}"),
         callbacks=[Callback()],
     )  # fmt: skip
+    turns.in_use = {
+        "attention": trainer.model.config._attn_implementation, "kernels": "none", "mlp_tiles": 1,
+        "activation_checkpointing": "full" if settings["checkpointing"] else "none",
+        "state_bytes": settings["state_bytes"],
+    }  # fmt: skip
     try:
         trainer.train()
     except Ended:
-        turns.end(losses=Callback.losses, attention=attention, trl=version("trl"))
+        turns.end(losses=Callback.losses, trl=version("trl"))
     raise RuntimeError("the run ended before its last turn")
 
 

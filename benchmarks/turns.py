@@ -44,6 +44,8 @@ class Turns:
         self._lines = self._socket.makefile("r")
         self._marks: list[tuple[float, float]] = []
         self._left = 0
+        # What the contender runs with; each turn tells it, since a time limit may come before its end.
+        self.in_use: dict[str, Any] = {}
         # A time limit ends the process that gives turns, which ends this one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -56,7 +58,7 @@ class Turns:
         if self._left == 0:
             if self._marks:
                 self._mark()
-                self._send({"marks": self._marks})
+                self._send({"marks": self._marks, "in_use": self.in_use})
             elif _cpu():
                 os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[_rank() % len(os.sched_getaffinity(0))]})
             self._left = json.loads(self._lines.readline() or "0")
@@ -152,13 +154,14 @@ class Contender:
     ranks: int = 1
     turns: list[dict[str, float]] = field(default_factory=list)  # of the counted turns: seconds, CPU seconds, steps
     results: list[dict[str, Any]] = field(default_factory=list)  # of each rank of the last life
+    in_use: dict[str, Any] = field(default_factory=dict)  # attention, kernels …, as its first rank has told
 
 
 class _Life:
     """The running ranks of a contender."""
 
     def __init__(self, contender: Contender, log: Path, cpu: bool, seconds: float) -> None:
-        self.contender, self._log, self._deadline = contender, log, time.monotonic() + seconds
+        self.contender, self._log, self.deadline = contender, log, time.monotonic() + seconds
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -189,7 +192,8 @@ class _Life:
                 one.sendall(f"{-steps if kind == 'first' else steps}\n".encode())
         except BrokenPipeError:
             raise self._failure() from None
-        marks = [json.loads(self._read(rank))["marks"] for rank in range(self.contender.ranks)]
+        told = [json.loads(self._read(rank)) for rank in range(self.contender.ranks)]
+        marks, self.contender.in_use = [one["marks"] for one in told], told[0]["in_use"]
         if kind == "warm-up":
             return
         wall = max(one[-1][0] - one[0][0] for one in marks)
@@ -205,7 +209,7 @@ class _Life:
             process.wait(60)
 
     def _read(self, rank: int) -> str:
-        self._sockets[rank].settimeout(max(1.0, self._deadline - time.monotonic()))
+        self._sockets[rank].settimeout(max(1.0, self.deadline - time.monotonic()))
         try:
             line = self._lines[rank].readline()
         except TimeoutError:
@@ -276,9 +280,11 @@ def alternate(
                         busy.contender.turns.clear()
                         busy.kill()
                         lives.remove(busy)
-        except OutOfTime:  # those that wait for a turn can still tell losses and memory
+        except OutOfTime:  # those that wait for a turn can still tell losses and memory, if they have begun
+            until = time.monotonic() + 10  # then whoever gave the limit may kill us
             for life in lives:
-                if life is not busy:
+                if life is not busy and life.contender.turns:
+                    life.deadline = until
                     with contextlib.suppress(Failed):
                         life.end()
             raise

@@ -49,8 +49,16 @@ class Inputs:
     attention: model.Attention
 
 
-def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks_per_node: int | None = None) -> Inputs:
+def preflight(
+    recipe: Recipe,
+    world_size: int,
+    on_gpu: bool | None = None,
+    ranks_per_node: int | None = None,
+    room: bool = True,
+) -> Inputs:
     """Check recipe, files, model, data and run folder against each other, and tokenize the data if the cache lacks it.
+
+    room: whether the disk must have room for checkpoints and export; False where none will be written.
 
     Raises:
         BadInput: with every problem found.
@@ -95,8 +103,8 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
     of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
-    problems += _room_problems(recipe, planned) + activations.problems(recipe, meta)
-    problems += kernels.problems(recipe, meta.config, gpus)
+    problems += (_disk_problems(recipe, planned) if room else []) + _memory_problems(planned)
+    problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpus)
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
@@ -115,7 +123,7 @@ def preflight(recipe: Recipe, world_size: int, on_gpu: bool | None = None, ranks
     if recipe.train.kl_weight and recipe.train.kl_reference == "cache":
         planned["base_predictions_bytes"] = (6 * recipe.retention.kl_top_k + 4) * batches.replay_labels(total)
         planned["run_folder_bytes"] += planned["base_predictions_bytes"]
-        if no_room := _room_problems(recipe, planned):
+        if room and (no_room := _disk_problems(recipe, planned)):
             raise BadInput(no_room)
     if recipe.train.profile and recipe.train.profile[1] > total:
         raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
@@ -295,29 +303,33 @@ def _remedy_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _room_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
-    problems = []
+def _disk_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
     existing = next(path for path in (recipe.run_folder, *recipe.run_folder.absolute().parents) if Path(path).exists())
     free = shutil.disk_usage(existing).free
     held = 0
     for file in recipe.run_folder.rglob("*"):
         with contextlib.suppress(OSError):  # renamed meanwhile by another job, which is told later
             held += file.stat().st_size if file.is_file() else 0
-    if (need := planned["run_folder_bytes"] - held) > free:
-        problems.append(
-            f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, "
-            f"{free / planner.GIB:.1f} GiB are free; free some, or lower checkpoint.keep"
-        )
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        if (need := planned["device_bytes_per_rank"]) > memory:
-            fewest = math.ceil(planned["world_size"] * need / memory)
-            problems.append(
-                f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they "
-                f"have {memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or offload with "
-                "deepspeed=ds_configs/zero3_offload.json"
-            )
-    return problems
+    if (need := planned["run_folder_bytes"] - held) <= free:
+        return []
+    return [
+        f"run_dir: {recipe.run_dir} needs {need / planner.GIB:.1f} GiB for checkpoints and export, "
+        f"{free / planner.GIB:.1f} GiB are free; free some, or lower checkpoint.keep"
+    ]
+
+
+def _memory_problems(planned: dict[str, Any]) -> list[str]:
+    if not torch.cuda.is_available():
+        return []
+    memory = torch.cuda.get_device_properties(0).total_memory
+    if (need := planned["device_bytes_per_rank"]) <= memory:
+        return []
+    fewest = math.ceil(planned["world_size"] * need / memory)
+    return [
+        f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they "
+        f"have {memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or offload with "
+        "deepspeed=ds_configs/zero3_offload.json"
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import os
@@ -72,6 +73,15 @@ def test_a_good_recipe_passes(recipe: dict[str, Any]) -> None:
     inputs = preflight(parse_recipe(recipe), 2)
     assert inputs.total_steps == 4
     assert inputs.batches.sets[0].summary["documents"] == 40
+
+
+def test_a_full_disk_is_told_unless_nothing_is_to_be_written(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: argparse.Namespace(free=1))
+    with pytest.raises(BadInput, match=r"run_dir: .* GiB for checkpoints and export, 0\.0 GiB are free"):
+        preflight(parse_recipe(recipe), 2)
+    preflight(parse_recipe(recipe), 2, room=False)
 
 
 USES: dict[str, Callable[[str], dict[str, Any]]] = {

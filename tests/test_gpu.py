@@ -3,6 +3,7 @@ with the same run on the CPU."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import warm
 from conftest import ON_CPU, TRAIN, losses, read, wait_for_ranks, write_recipe
+
+from fullft.preflight import preflight
+from fullft.recipe import parse_recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -52,3 +56,15 @@ def test_activation_checkpointing_changes_no_loss(recipe: dict[str, Any]) -> Non
     without = train(recipe, "without", "train.activation_checkpointing=false", "train.precision=fp32")
     recomputed = train(recipe, "with", "train.activation_checkpointing=true", "train.precision=fp32")
     assert recomputed == pytest.approx(without, rel=1e-5)
+
+
+def test_attention_is_the_kernel_for_packed_documents_unless_told_otherwise(recipe: dict[str, Any]) -> None:
+    """A run on a dense mask, or with a call per document, would be slow without a word."""
+    recipe["train"] |= {"precision": "bf16", "profile": [3, 3]}
+    assert preflight(parse_recipe(recipe), 1, on_gpu=True).attention.name == "varlen"
+    train(recipe, "gpu")
+    (trace,) = Path(f"{recipe['run_dir']}-gpu").glob("profile/*.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = {event["name"] for event in events if event.get("cat") == "cpu_op"}
+    assert "torch_attn::_varlen_attn" in names
+    assert not [name for name in names if "scaled_dot_product" in name]
