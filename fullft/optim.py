@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -87,8 +91,25 @@ def build_optimizer(model: torch.nn.Module, train: Train, offload: bool) -> torc
     if offload:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        remove_stale_lock()
         return cast(torch.optim.Optimizer, DeepSpeedCPUAdam(groups, adamw_mode=True, **settings))
     return torch.optim.AdamW(groups, fused=torch.cuda.is_available(), **settings)
+
+
+def remove_stale_lock(name: str = "cpu_adam", seconds: float = 600) -> None:
+    """Let DeepSpeed's kernel be built, or found, where a start was killed while it built it.
+
+    torch leaves the lock of such a build behind, and every later start waits for it without a word. A build takes a
+    minute or two, so a lock that is older than `seconds` is nobody's.
+    """
+    from torch.utils.cpp_extension import get_default_build_root  # it imports setuptools
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob(f"**/{name}/lock"):
+        with contextlib.suppress(OSError):  # another rank was first
+            if time.time() - lock.stat().st_mtime > seconds:
+                lock.unlink()
+                print(f"fullft: removed {lock}, left by a start that was killed while it built {name}", flush=True)
 
 
 def learning_rate(step: int, total_steps: int, train: Train) -> float:

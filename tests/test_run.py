@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, Launch, chats, losses, metrics, write_jsonl, write_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from fullft.optim import remove_stale_lock
 
 pytestmark = pytest.mark.ranks
 
@@ -185,6 +188,19 @@ def test_a_terminal_gets_a_progress_bar_and_a_pipe_gets_lines(recipe: dict[str, 
 
 
 @pytest.mark.slow
+def test_a_lock_that_a_killed_build_left_is_removed_and_one_of_a_build_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    left, held = tmp_path / "py311_cu130" / "cpu_adam" / "lock", tmp_path / "cpu_adam" / "lock"
+    for lock in (left, held):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    os.utime(left, (time.time() - 3600, time.time() - 3600))
+    remove_stale_lock()
+    assert (left.exists(), held.exists()) == (False, True)
+
+
 def test_offloading_the_optimizer_changes_nothing(recipe: dict[str, Any], launch: Launch) -> None:
     """Also resumes: the states lie in host memory then. The first use compiles DeepSpeed's CPU optimizer."""
     recipe["checkpoint"]["every_steps"] = 2
