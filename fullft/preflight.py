@@ -128,12 +128,7 @@ def preflight(
     if recipe.train.profile and recipe.train.profile[1] > total:
         raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
     suite.plan(total)
-    memory = torch.cuda.get_device_properties(0).total_memory if gpus and torch.cuda.is_available() else None
-    able = meta.supports_gradient_checkpointing
-    planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
-        recipe, planned, planner.layer_of(meta.config), bf16, memory, able
-    )
-    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config, gpus)
+    _choose(recipe, planned, meta, bf16, gpus)
     filled = engine.fill_config(config, recipe, geometry, facts, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -152,6 +147,16 @@ def preflight(
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence, attention)
+
+
+def _choose(recipe: Recipe, planned: dict[str, Any], meta: PreTrainedModel, bf16: bool, gpus: bool) -> None:
+    """What `auto` comes to in train.activation_checkpointing and train.kernels, and why, into the plan."""
+    memory = torch.cuda.get_device_properties(0).total_memory if gpus and torch.cuda.is_available() else None
+    able = meta.supports_gradient_checkpointing
+    planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
+        recipe, planned, planner.layer_of(meta.config), bf16, memory, able
+    )
+    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config, gpus)
 
 
 def check_run_folder(recipe: Recipe) -> None:

@@ -122,8 +122,8 @@ def _point_lines(run_dir: str, overrides: list[str], sweep: list[list[str]]) -> 
     """Run folder and overrides as shell variables; of a sweep by the number in the array."""
 
     def assigned(point: list[str]) -> str:
-        own = run_dir_of(run_dir, point) if len(sweep) > 1 else run_dir
-        words = [*overrides, *point, *([f"run_dir={own}"] if len(sweep) > 1 else [])]
+        own = run_dir_of(run_dir, point)
+        words = [*overrides, *point, *([f"run_dir={own}"] if point else [])]
         return f"run={shlex.quote(own)}; overrides=({shlex.join(words)})"
 
     if len(sweep) == 1:

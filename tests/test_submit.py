@@ -144,3 +144,9 @@ def test_a_sweep_has_all_combinations() -> None:
     assert [run_dir_of("runs/r", one) for one in every[:2]] == ["runs/r-x=1-b=3", "runs/r-x=1-b=4"]
     assert points([]) == [[]]
     assert run_dir_of("runs/r", []) == "runs/r"
+
+
+def test_an_array_of_one_trains_where_it_was_checked() -> None:
+    text = script(Job(1, 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
+    assert "run=runs/r-seed=7; overrides=(train.seed=7 run_dir=runs/r-seed=7)" in text
+    assert "run=runs/r; overrides=()" in script(Job(1, 8), Path("r.yaml"), [], "runs/r", points([]))
