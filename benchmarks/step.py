@@ -220,7 +220,7 @@ def entrants(setting: Setting, arguments: argparse.Namespace) -> list[Contender]
 def all_fit(count: int, setting: Setting, inputs: Any) -> bool:
     """Whether so many runs of this kind fit into the memory at once: training state, activations as they are kept,
     loss and gradient of the head, and a guess of what libraries, kernels and allocators keep."""
-    from fullft.planner import activation_bytes, layer_of
+    from fullft.planner.memory import activation_bytes, layer_of
 
     plan = inputs.plan
     needed = plan["device_bytes_per_rank"] + 4 * plan["largest_gathered_parameter_bytes"]

@@ -203,7 +203,7 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
         print(recipe.to_yaml(), end="")
     import transformers
 
-    from fullft.planner import GIB
+    from fullft.planner.memory import GIB
     from fullft.preflight import preflight
     from fullft.retention.baseline import smallest_drops
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fullft import activations, engine, kernels, model, planner
+from fullft import activations, engine, kernels, model
 from fullft.checkpoint import newest
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
@@ -21,6 +21,7 @@ from fullft.documents import VARLEN
 from fullft.errors import BadInput, Problems
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
+from fullft.planner import memory as planner
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
 from fullft.retention.budget import too_long

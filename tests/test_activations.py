@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fullft import activations
 from fullft.model import Facts
-from fullft.planner import GIB, Layer, activation_bytes, choose_checkpointing, layer_of, plan
+from fullft.planner.memory import GIB, Layer, activation_bytes, choose_checkpointing, layer_of, plan
 from fullft.recipe import parse_recipe
 
 SCRIPT = Path(__file__).parent / "activations_on_ranks.py"

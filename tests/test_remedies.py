@@ -29,7 +29,7 @@ from fullft.export import export_checkpoint
 from fullft.loss import IGNORE, LabelWeights, kl_divergence
 from fullft.model import Facts
 from fullft.optim import layer_depths, parameter_groups
-from fullft.planner import plan
+from fullft.planner.memory import plan
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 from fullft.retention.base import is_whole
