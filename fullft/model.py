@@ -48,6 +48,7 @@ class Facts:
     vocabulary_parameters: int  # elements of embedding and head, once if tied
     largest_vector: int  # elements of the largest norm or bias
     smallest_matrix: int
+    sizes: tuple[int, ...] = ()  # elements of each parameter; empty: not known
 
 
 def device() -> str:
@@ -200,7 +201,7 @@ def facts(model: PreTrainedModel) -> Facts:
         largest_layer=max(layers.values(), default=sum(sizes) // max(1, int(config.num_hidden_layers))),
         vocabulary_parameters=sum(one.numel() for one in {id(one): one for one in of_vocabulary.values()}.values()),
         largest_vector=max((one.numel() for one in model.parameters() if one.ndim < 2), default=0),
-        smallest_matrix=min(one.numel() for one in model.parameters() if one.ndim > 1),
+        smallest_matrix=min(one.numel() for one in model.parameters() if one.ndim > 1), sizes=tuple(sizes),
     )  # fmt: skip
 
 

@@ -1,13 +1,17 @@
-"""What a run will need, from the model's sizes alone: memory of the training state, and bytes on disk."""
+"""Memory of a GPU by component and phase, of a node, and bytes on disk: from a `Setting`, without a GPU."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from fullft.head import _BYTES_OF_LOGIT, _BYTES_WITH_DIVERGENCE, WORKSPACE_BYTES
 from fullft.model import Facts
 from fullft.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fullft.planner.setting import Setting
 
 GIB = 2**30
 
@@ -46,14 +50,6 @@ def plan(
     on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
     on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
     on_host += ("reference_model",) if train.kl_reference_offload else ()
-    checkpoint = (16 if train.ema_decay else 12) * facts.parameters
-    # The best is another one than the newest only if there are evaluations between.
-    retention = recipe.retention
-    evaluates_between = retention.every_steps is not None or retention.max_overhead is not None
-    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and evaluates_between)
-    kept += retention.goes_back  # that of before a loss
-    export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")
-    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * facts.parameters
     return {
         "parameters": facts.parameters,
         "world_size": world_size,
@@ -61,11 +57,21 @@ def plan(
         "device_bytes_per_rank": sum(size for name, size in state.items() if name not in on_host),
         "host_bytes_per_rank": sum(size for name, size in state.items() if name in on_host),
         "largest_gathered_parameter_bytes": low * facts.largest_parameter,
-        "checkpoint_bytes": checkpoint,
-        "export_dtype": export_dtype,
-        # One more than is kept exists while a checkpoint is written.
-        "run_folder_bytes": (kept + 1) * checkpoint + exported,
-    }
+    } | _disk(recipe, facts.parameters, bf16)
+
+
+def _disk(recipe: Recipe, parameters: int, bf16: bool) -> dict[str, Any]:
+    checkpoint = (16 if recipe.train.ema_decay else 12) * parameters
+    # The best is another one than the newest only if there are evaluations between.
+    retention = recipe.retention
+    evaluates_between = retention.every_steps is not None or retention.max_overhead is not None
+    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and evaluates_between)
+    kept += retention.goes_back  # that of before a loss
+    export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")
+    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * parameters
+    # One more than is kept exists while a checkpoint is written.
+    folder = (kept + 1) * checkpoint + exported
+    return {"checkpoint_bytes": checkpoint, "export_dtype": export_dtype, "run_folder_bytes": folder}
 
 
 @dataclass(frozen=True)
@@ -148,3 +154,274 @@ def choose_checkpointing(
     said = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
     short = "; it may run out of memory" if needs[mode] > room else ""
     return mode, f"{mode} (auto: of {max(room, 0) / GIB:.1f} GiB left for activations would take {said}{short})"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one GPU, bytes: what each component takes at its most, and what is there together in each phase of a run
+    (loading, forward, backward, update), as torch's allocator counts it; CONTEXT, NCCL and SLACK are outside of it."""
+
+    components: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def held_by_torch(self) -> int:
+        """What torch.cuda.max_memory_allocated would show after two steps."""
+        return max(self.phases.values())
+
+    @property
+    def peak(self) -> int:
+        """What the GPU must have."""
+        return self.held_by_torch + sum(self.components[one] for one in (SLACK, CONTEXT, NCCL))
+
+
+SLACK, CONTEXT, NCCL = "allocator_slack", "context", "nccl"
+
+
+def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
+    """Memory of rank 0's GPU, from the second step on (the first has no prefetching yet).
+
+    Together are, beside the states (weights, gradients, master weights, moments, remedies, reduce bucket):
+        loading   the weights, and of the fp32 copies of a sub-group that being cut; last, the largest parameter whole
+        forward   gathered weights, what layers keep, and at the end the loss, which makes the gradients of the head
+        backward  gathered weights, what layers keep, and the most of: the head's gradient and its copy in the
+                  reduction; the last layer computed again, its gradients and a bucket's copy; the embedding's gradient
+        update    temporaries of a sub-group, once for all
+
+    device: cuda, or cpu as a rehearsal has it, which computes in other blocks.
+    """
+    states = gpu_states(setting)
+    live = gathered(setting)
+    kept, work = kept_activations(setting), layer_at_work(setting)
+    loss, head = loss_workspace(setting, device), head_gradient(setting)
+    large, usual = gradients_in_flight(setting)
+    attention = attention_workspace(setting, device)
+    update = update_temporaries(setting, device)
+    settled = sum(states.values())
+    tied = head if is_tied(setting) else 0  # autograd holds it till the embedding's is there
+    backward = max(head + large, tied + work + attention + usual, tied + large)
+    started = settled - states["adamw_moments"] - states["averaged_weights"]
+    largest = low(setting) * setting.facts.largest_parameter
+    phases = {
+        "loading": started + max(2 * 4 * min(sub_group(setting), shard(setting)) - states["reduce_bucket"], largest),
+        "forward": settled + live + kept + max(loss, work + attention),
+        "backward": settled + live + kept + backward,
+        "update": settled + update,
+    }
+    components = states | {
+        "gathered_and_prefetched": live, "gradients_in_flight": max(large, usual) + tied, "activations": kept,
+        "layer_at_work": work, "attention_workspace": attention, "loss_workspace": loss, "update_temporaries": update,
+    }  # fmt: skip
+    most = max(phases.values())
+    on_gpu = device == "cuda"
+    components |= {
+        SLACK: int(_SLACK * most) if on_gpu else 0, CONTEXT: _CONTEXT if on_gpu else 0,
+        NCCL: nccl_buffers(setting) if on_gpu else 0,
+    }  # fmt: skip
+    return Memory(components, phases)
+
+
+def low(setting: Setting) -> int:
+    """Bytes of an element of weights, activations and what is communicated."""
+    return 2 if setting.bf16 else 4
+
+
+def shard(setting: Setting, ranks: int | None = None) -> int:
+    """Elements of a rank's shards of all parameters: Σ ceil(n / W), since ZeRO-3 cuts each by itself and pads it."""
+    ranks, facts = ranks or setting.world_size, setting.facts
+    return sum(-(-size // ranks) for size in facts.sizes) if facts.sizes else -(-facts.parameters // ranks)
+
+
+def is_tied(setting: Setting) -> bool:
+    facts = setting.facts
+    return facts.vocabulary_parameters < 2 * facts.vocabulary_size * facts.hidden_size
+
+
+def _offload(setting: Setting, what: str) -> str:
+    """none, cpu or nvme."""
+    return str((setting.zero.get(what) or {}).get("device", "none"))
+
+
+def gpu_states(setting: Setting) -> dict[str, int]:
+    """Bytes that stay on the GPU between steps, s elements a shard (ZeRO: Rajbhandari et al. 2020).
+
+    weights           2 s (fp32: 4), and the parameters up to stage3_param_persistence_threshold whole
+    gradients         2 s; 4 where micro-batches are added up, which is done in fp32, and in fp32
+    master weights    4 s, in fp32 a second copy;   AdamW moments  8 s
+    base weights      2 s (4) of train.l2_pull;     averaged weights  4 s of train.ema_decay
+    reference model   2 s (4) of train.kl_reference
+    second copy       2 Σ ceil(n / g) of hpZ over the g ranks of zero_hpz_partition_size
+    reduce bucket     2 (4) · reduce_bucket_size, which DeepSpeed allocates at its start
+
+    offload_optimizer has gradients, master weights, moments, average and base in host memory, offload_param weights.
+    """
+    size, part, train, zero = low(setting), shard(setting), setting.recipe.train, setting.zero
+    limit = zero.get("stage3_param_persistence_threshold", 10**5)
+    whole = size * sum(one for one in setting.facts.sizes if one <= limit)
+    optimizer_here, weights_here = _offload(setting, "offload_optimizer") == "none", _offload(setting, "offload_param")
+    group = zero.get("zero_hpz_partition_size", 1)
+    reference = train.kl_weight > 0 and train.kl_reference == "model" and not train.kl_reference_offload
+    of_optimizer = {
+        "gradients": 4 if setting.accumulation > 1 else size, "master_weights": 4, "adamw_moments": 8,
+        "base_weights": size if train.l2_pull and not train.l2_pull_offload else 0,
+        "averaged_weights": 4 if train.ema_decay else 0,
+    }  # fmt: skip
+    return {
+        "weights": whole + (size * part if weights_here == "none" else 0),
+        **{name: each * part if optimizer_here else 0 for name, each in of_optimizer.items()},
+        "reference_model": size * part if reference else 0,
+        "second_copy_of_weights": size * shard(setting, group) if group > 1 else 0,
+        "reduce_bucket": size * zero.get("reduce_bucket_size", 5 * 10**8),
+    }
+
+
+def gathered(setting: Setting) -> int:
+    """Whole weights that are there at once, bytes: 2 · (live + copied), in fp32 4.
+
+    DeepSpeed gathers ahead, at every module as many elements as stage3_prefetch_bucket_size, until
+    stage3_max_live_parameters are there, and takes whole parameters, so it overshoots by one: live = max_live + the
+    largest. Several gathered in one go lie in a buffer until they are copied out: copied = the bucket and one
+    parameter. Both at most the model. (partitioned_param_coordinator.fetch_sub_module, DeepSpeed 0.19.8.)
+    """
+    zero, facts = setting.zero, setting.facts
+    bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
+    ahead = zero.get("stage3_max_live_parameters", 10**9) if bucket else facts.largest_layer
+    live = min(facts.parameters, ahead + facts.largest_parameter)
+    copied = min(facts.parameters, bucket + facts.largest_parameter) if bucket else 0
+    return low(setting) * (live + copied)
+
+
+def kept_activations(setting: Setting) -> int:
+    """Bytes kept from forward to backward by all layers: `activation_bytes` without the layer at work, for each token
+    of the micro-batch, of which a rank has 1 / sequence_parallel; and the hidden states around the layers, 4 h
+    (embedding and last norm)."""
+    layer = _tiled(setting)
+    per_token = activation_bytes(layer, setting.checkpointing, setting.bf16)
+    if setting.checkpointing != "none":
+        per_token -= activation_bytes(replace(layer, layers=1), "none", setting.bf16)
+    return setting.tokens * (per_token + 2 * low(setting) * layer.hidden)
+
+
+def _tiled(setting: Setting) -> Layer:
+    """The layer, of whose MLP only a part is there at a time with mlp_tiles."""
+    return replace(setting.layer, mlp=-(-setting.layer.mlp // setting.mlp_tiles))
+
+
+def layer_at_work(setting: Setting) -> int:
+    """Bytes of the layer in backward: what it keeps while it is computed again (nothing more without checkpointing),
+    and the gradients of its widest part, 2 · (3 f + 2 h) a token: of product, gate and up, of input and output."""
+    layer, size = _tiled(setting), low(setting)
+    whole = 0 if setting.checkpointing == "none" else activation_bytes(replace(layer, layers=1), "none", setting.bf16)
+    return setting.tokens * (whole + size * (3 * layer.mlp + 2 * layer.hidden))
+
+
+def attention_workspace(setting: Setting, device: str = "cuda") -> int:
+    """Bytes of attention in backward beyond what it keeps.
+
+    FlashAttention-2 (Dao 2023; mha_varlen_bwd) sums the gradient of queries in fp32, 4 Hd a token, and where heads
+    share keys has those of keys and values for every head, 2 · 2 Hd; with sequence_parallel a rank has all tokens of
+    1 / N of the heads, and the exchange of queries, keys, values and output has a copy of each. It comes after the
+    MLP's backward, whose activations are free by then.
+    """
+    layer, size = setting.layer, low(setting)
+    each = (4 + 2 * size * (layer.keys < layer.queries)) * layer.queries if device == "cuda" else 0
+    if setting.sequence_parallel > 1:
+        each += size * 2 * (layer.queries + layer.keys)
+    free = size * 3 * layer.mlp + size * 4 * layer.mlp // setting.mlp_tiles
+    return setting.tokens * max(0, each - free)
+
+
+def loss_workspace(setting: Setting, device: str = "cuda") -> int:
+    """Bytes of the loss in the head's forward (`head`): logits of some positions at a time with what their gradient
+    needs, 14 bytes an element (with a divergence 32), at most WORKSPACE_BYTES; the head's gradient, summed in fp32
+    over several such chunks and rounded once at the end; hidden states of the labels and their gradient, 2 · 2 h."""
+    facts, size = setting.facts, low(setting)
+    each = _BYTES_WITH_DIVERGENCE if setting.recipe.train.kl_weight else _BYTES_OF_LOGIT
+    row = each * facts.vocabulary_size
+    at_once = max(1, WORKSPACE_BYTES[device] // row)
+    elements = facts.vocabulary_size * facts.hidden_size
+    hidden = 2 * size * setting.tokens * facts.hidden_size
+    if setting.tokens <= at_once:
+        return row * setting.tokens + size * elements + hidden
+    chunk = row * at_once + (4 << 26 if size == 2 and device == "cuda" else 0)  # its product by blocks
+    return hidden + 4 * elements + max(chunk, size * elements if size == 2 else 0)
+
+
+def head_gradient(setting: Setting) -> int:
+    """Bytes of the head's gradient, which is there from the end of forward on: 2 V h."""
+    return low(setting) * setting.facts.vocabulary_size * setting.facts.hidden_size
+
+
+def gradients_in_flight(setting: Setting) -> tuple[int, int]:
+    """Bytes of whole gradients beside the bucket: (where embedding or head is reduced, in the layers).
+
+    A gradient above reduce_bucket_size is reduced by itself, and copied for that unless W divides it; others are copied
+    from the bucket, all of it (stage3.__avg_scatter_grads, coalesced_collectives.reduce_scatter_coalesced).
+    """
+    facts, size, bucket = setting.facts, low(setting), setting.zero.get("reduce_bucket_size", 5 * 10**8)
+    ends = facts.vocabulary_size * facts.hidden_size
+    copied = min(bucket, facts.parameters)
+    large = ends if ends > bucket else 0
+    of_large = large * (1 + (large % setting.world_size > 0)) if large else ends + copied
+    matrix = min(facts.largest_parameter, facts.largest_layer)
+    return size * of_large, size * (matrix + max(copied, matrix if matrix > bucket else 0))
+
+
+def sub_group(setting: Setting) -> int:
+    """Elements that are updated at a time: whole parameters' shards until they are sub_group_size or more."""
+    largest = -(-setting.facts.largest_parameter // setting.world_size)
+    return int(min(setting.zero.get("sub_group_size", 10**9) + largest, shard(setting)))
+
+
+def update_temporaries(setting: Setting, device: str = "cuda") -> int:
+    """Bytes of the update of n elements, a sub-group: its gradients flattened, 2 n (4), and cast to fp32, 4 n. torch's
+    fused AdamW has no more; on a CPU two fp32 temporaries, 8 n. Offloaded, all is in host memory."""
+    if _offload(setting, "offload_optimizer") != "none":
+        return 0
+    flat = 4 if setting.accumulation > 1 or not setting.bf16 else 2
+    return sub_group(setting) * (flat + (4 if flat == 2 else 0) + (0 if device == "cuda" else 8))
+
+
+# Outside of torch's allocator, and what it cannot use: planned, not measured here (stas00/ml-engineering,
+# training/performance: context 0.5-0.9 GiB, NCCL 1-1.5 GiB for the first communicator; 5-8 % of slack).
+_SLACK, _CONTEXT = 0.05, 3 * GIB // 4
+
+
+def nccl_buffers(setting: Setting) -> int:
+    """Bytes that NCCL keeps: 1 GiB for the communicator of all ranks, half a GiB for each further group (hpZ,
+    sequence_parallel); none for a single rank."""
+    groups = (setting.zero.get("zero_hpz_partition_size", 1) > 1) + (setting.sequence_parallel > 1)
+    return GIB + groups * GIB // 2 if setting.world_size > 1 else 0
+
+
+def host_memory(setting: Setting) -> dict[str, int]:
+    """Bytes of a node's memory, over the ranks that it has: what is offloaded, copies of checkpoints that are written
+    while training goes on (12 bytes a parameter of theirs, 16 with an average), and processes.
+
+    offload_optimizer: master weights 4, moments 8, their fp32 gradients 4, and the gradients that arrive 2 (4).
+    """
+    ranks, part, size, train = setting.gpus_per_node, shard(setting), low(setting), setting.recipe.train
+    ranks = min(ranks, setting.world_size)
+    cpu = _offload(setting, "offload_optimizer") == "cpu"
+    arriving = 4 if setting.accumulation > 1 else size
+    averaged = 4 if train.ema_decay else 0
+    inputs = setting.tokens * size * setting.layer.hidden * setting.layer.layers
+    each = {
+        "optimizer": (4 + 8 + 4 + arriving + averaged) * part if cpu else 0,
+        "weights": size * part if _offload(setting, "offload_param") == "cpu" else 0,
+        "base_weights": size * part if train.l2_pull and (cpu or train.l2_pull_offload) else 0,
+        "reference_model": size * part if train.kl_weight and train.kl_reference_offload else 0,
+        "checkpoint_copies": (12 + averaged) * part if setting.recipe.checkpoint.asynchronous else 0,
+        "activations": inputs if setting.checkpointing == "offload" else 0,
+        "processes": _PROCESS,
+    }
+    return {name: ranks * bytes_ for name, bytes_ in each.items()}
+
+
+_PROCESS = 4 * GIB  # of a rank: torch, CUDA and libraries 3 GiB, data and W&B; a guess
+
+
+def disk(setting: Setting) -> dict[str, Any]:
+    """Bytes of a run folder: a checkpoint, the export, and all that is there at once, one checkpoint more than is
+    kept."""
+    return _disk(setting.recipe, setting.facts.parameters, setting.bf16)
