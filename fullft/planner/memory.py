@@ -178,8 +178,8 @@ class Memory:
 SLACK, CONTEXT, NCCL = "allocator_slack", "context", "nccl"
 
 
-def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
-    """Memory of rank 0's GPU, from the second step on (the first has no prefetching yet).
+def gpu_memory(setting: Setting, device: str = "cuda", ahead: bool = True) -> Memory:
+    """Memory of rank 0's GPU.
 
     Together are, beside the states (weights, gradients, master weights, moments, remedies, reduce bucket):
         loading   the weights, and of the fp32 copies of a sub-group that being cut; last, the largest parameter whole
@@ -188,10 +188,12 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
                   reduction; the last layer computed again, its gradients and a bucket's copy; the embedding's gradient
         update    temporaries of a sub-group, once for all
 
-    device: cuda, or cpu as a rehearsal has it, which computes in other blocks.
+    Args:
+        device: cuda, or cpu as a rehearsal has it, which computes in other blocks.
+        ahead: from the second step on, when weights are gathered ahead.
     """
     states = gpu_states(setting)
-    live = gathered(setting)
+    live = gathered(setting, ahead)
     kept, work = kept_activations(setting), layer_at_work(setting)
     loss, head = loss_workspace(setting, device), head_gradient(setting)
     large, usual = gradients_in_flight(setting)
@@ -237,9 +239,13 @@ def is_tied(setting: Setting) -> bool:
     return facts.vocabulary_parameters < 2 * facts.vocabulary_size * facts.hidden_size
 
 
-def _offload(setting: Setting, what: str) -> str:
-    """none, cpu or nvme."""
-    return str((setting.zero.get(what) or {}).get("device", "none"))
+def offload(setting: Setting, what: str) -> str:
+    """Where `optimizer` or `param` are kept: none (on the GPU), cpu or nvme."""
+    return str((setting.zero.get(f"offload_{what}") or {}).get("device", "none"))
+
+
+def offloads(setting: Setting, what: str) -> bool:
+    return offload(setting, what) != "none"
 
 
 def gpu_states(setting: Setting) -> dict[str, int]:
@@ -258,7 +264,7 @@ def gpu_states(setting: Setting) -> dict[str, int]:
     size, part, train, zero = low(setting), shard(setting), setting.recipe.train, setting.zero
     limit = zero.get("stage3_param_persistence_threshold", 10**5)
     whole = size * sum(one for one in setting.facts.sizes if one <= limit)
-    optimizer_here, weights_here = _offload(setting, "offload_optimizer") == "none", _offload(setting, "offload_param")
+    optimizer_here, weights_here = not offloads(setting, "optimizer"), not offloads(setting, "param")
     group = zero.get("zero_hpz_partition_size", 1)
     reference = train.kl_weight > 0 and train.kl_reference == "model" and not train.kl_reference_offload
     of_optimizer = {
@@ -267,7 +273,7 @@ def gpu_states(setting: Setting) -> dict[str, int]:
         "averaged_weights": 4 if train.ema_decay else 0,
     }  # fmt: skip
     return {
-        "weights": whole + (size * part if weights_here == "none" else 0),
+        "weights": whole + (size * part if weights_here else 0),
         **{name: each * part if optimizer_here else 0 for name, each in of_optimizer.items()},
         "reference_model": size * part if reference else 0,
         "second_copy_of_weights": size * shard(setting, group) if group > 1 else 0,
@@ -275,7 +281,7 @@ def gpu_states(setting: Setting) -> dict[str, int]:
     }
 
 
-def gathered(setting: Setting) -> int:
+def gathered(setting: Setting, ahead: bool = True) -> int:
     """Whole weights that are there at once, bytes: 2 · (live + copied), in fp32 4.
 
     DeepSpeed gathers ahead, at every module as many elements as stage3_prefetch_bucket_size, until
@@ -284,10 +290,11 @@ def gathered(setting: Setting) -> int:
     parameter. Both at most the model. (partitioned_param_coordinator.fetch_sub_module, DeepSpeed 0.19.8.)
     """
     zero, facts = setting.zero, setting.facts
-    bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
-    ahead = zero.get("stage3_max_live_parameters", 10**9) if bucket else facts.largest_layer
-    live = min(facts.parameters, ahead + facts.largest_parameter)
-    copied = min(facts.parameters, bucket + facts.largest_parameter) if bucket else 0
+    bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7) if ahead else 0
+    if not bucket:
+        return low(setting) * facts.largest_parameter
+    live = min(facts.parameters, zero.get("stage3_max_live_parameters", 10**9) + facts.largest_parameter)
+    copied = min(facts.parameters, bucket + facts.largest_parameter)
     return low(setting) * (live + copied)
 
 
@@ -376,7 +383,7 @@ def sub_group(setting: Setting) -> int:
 def update_temporaries(setting: Setting, device: str = "cuda") -> int:
     """Bytes of the update of n elements, a sub-group: its gradients flattened, 2 n (4), and cast to fp32, 4 n. torch's
     fused AdamW has no more; on a CPU two fp32 temporaries, 8 n. Offloaded, all is in host memory."""
-    if _offload(setting, "offload_optimizer") != "none":
+    if offloads(setting, "optimizer"):
         return 0
     flat = 4 if setting.accumulation > 1 or not setting.bf16 else 2
     return sub_group(setting) * (flat + (4 if flat == 2 else 0) + (0 if device == "cuda" else 8))
@@ -396,26 +403,39 @@ def nccl_buffers(setting: Setting) -> int:
 
 def host_memory(setting: Setting) -> dict[str, int]:
     """Bytes of a node's memory, over the ranks that it has: what is offloaded, copies of checkpoints that are written
-    while training goes on (12 bytes a parameter of theirs, 16 with an average), and processes.
-
-    offload_optimizer: master weights 4, moments 8, their fp32 gradients 4, and the gradients that arrive 2 (4).
-    """
-    ranks, part, size, train = setting.gpus_per_node, shard(setting), low(setting), setting.recipe.train
-    ranks = min(ranks, setting.world_size)
-    cpu = _offload(setting, "offload_optimizer") == "cpu"
-    arriving = 4 if setting.accumulation > 1 else size
-    averaged = 4 if train.ema_decay else 0
-    inputs = setting.tokens * size * setting.layer.hidden * setting.layer.layers
-    each = {
-        "optimizer": (4 + 8 + 4 + arriving + averaged) * part if cpu else 0,
-        "weights": size * part if _offload(setting, "offload_param") == "cpu" else 0,
-        "base_weights": size * part if train.l2_pull and (cpu or train.l2_pull_offload) else 0,
-        "reference_model": size * part if train.kl_weight and train.kl_reference_offload else 0,
-        "checkpoint_copies": (12 + averaged) * part if setting.recipe.checkpoint.asynchronous else 0,
-        "activations": inputs if setting.checkpointing == "offload" else 0,
+    while training goes on (12 bytes a parameter of theirs, 16 with an average), and processes."""
+    copies = 16 if setting.recipe.train.ema_decay else 12
+    each = offloaded(setting) | {
+        "checkpoint_copies": copies * shard(setting) if setting.recipe.checkpoint.asynchronous else 0,
         "processes": _PROCESS,
     }
-    return {name: ranks * bytes_ for name, bytes_ in each.items()}
+    ranks = min(setting.gpus_per_node, setting.world_size)
+    return {name: ranks * size for name, size in each.items()}
+
+
+def offloaded(setting: Setting) -> dict[str, int]:
+    """Bytes that a rank has in host memory instead of on its GPU.
+
+    offload_optimizer: master weights, moments, gradients as on the GPU, and beside these gradients in fp32 for the
+    update, 4 s; offload_param: weights. What is on NVMe is not counted.
+    """
+    part, size, train = shard(setting), low(setting), setting.recipe.train
+    optimizer = offload(setting, "optimizer") == "cpu"
+    base = train.l2_pull and (optimizer or train.l2_pull_offload)
+    reference = train.kl_weight and train.kl_reference == "model" and train.kl_reference_offload
+    inputs = setting.tokens * size * setting.layer.hidden * setting.layer.layers
+    found = {
+        "gradients": (4 if setting.accumulation > 1 else size) * part if optimizer else 0,
+        "gradients_of_update": 4 * part if optimizer else 0,
+        "master_weights": 4 * part if optimizer else 0,
+        "adamw_moments": 8 * part if optimizer else 0,
+        "averaged_weights": 4 * part if optimizer and train.ema_decay else 0,
+        "base_weights": size * part if base else 0,
+        "reference_model": size * part if reference else 0,
+        "weights": size * part if offload(setting, "param") == "cpu" else 0,
+        "activations": inputs if setting.checkpointing == "offload" else 0,
+    }
+    return {name: bytes_ for name, bytes_ in found.items() if bytes_}
 
 
 _PROCESS = 4 * GIB  # of a rank: torch, CUDA and libraries 3 GiB, data and W&B; a guess
