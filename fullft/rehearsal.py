@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ def rehearse(
     micro_batches: int | None = None,
     steps: int = 2,
     gpus_per_node: int = 8,
+    count: bool = False,
 ) -> dict[str, Any]:
     """Rehearse in a process of its own.
 
@@ -55,6 +56,7 @@ def rehearse(
         micro_batches: of a step; default: 2 if the run has several, else 1. More take time, and no more memory.
         steps: the first records in which order modules come; weights are gathered ahead from the second on.
         gpus_per_node: for hpZ.
+        count: on a CPU, measure what is allocated and not what is resident; slower.
 
     Returns:
         what was rehearsed; `measured` and `planned`: bytes of the states and by phase, seconds
@@ -71,6 +73,7 @@ def rehearse(
     request = {
         "recipe": recipe.model_dump(mode="json"), "world_size": world_size, "device": device, "steps": steps,
         "micro_batches": micro_batches or min(2, setting.accumulation), "gpus_per_node": gpus_per_node,
+        "count": count,
     }  # fmt: skip
     measured = _in_process(request)
     return {
@@ -190,14 +193,20 @@ def main() -> int:
 
 
 def perform(
-    recipe: dict[str, Any], world_size: int, device: str, micro_batches: int, steps: int, gpus_per_node: int = 8
+    recipe: dict[str, Any],
+    world_size: int,
+    device: str,
+    micro_batches: int,
+    steps: int,
+    gpus_per_node: int = 8,
+    count: bool = False,
 ) -> dict[str, Any]:
-    """Build, train and measure in this process, which is good for nothing else afterwards."""
+    """Build, train and measure in this process, which is good for nothing else afterwards. count: as of `Meter`."""
     parsed = parse_recipe(recipe)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     join_fake(world_size)
     setting = setting_to_rehearse(parsed, world_size, device, gpus_per_node)
-    meter = Meter(device)
+    meter = Meter(device, count)
     say("loading")
     with meter.phase("loading"):
         engine, pull = build(parsed, setting, gpus_per_node)
@@ -331,16 +340,16 @@ def sizes(tensors: Any) -> int:
 
 
 class Meter:
-    """Peak memory and seconds of phases: on a GPU what torch's allocator holds, on a CPU growth of resident memory."""
+    """Peak memory and seconds of phases. On a GPU what torch's allocator holds; on a CPU growth of resident memory, or
+    what is allocated, counted by torch's profiler: that is slower, and to the byte what the same would be on a GPU."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, count: bool = False) -> None:
         import torch
 
         self._cuda = torch.cuda if device == "cuda" else None
-        if self._cuda is not None:
-            self._cuda.init()
-        self._base, self.peaks, self.seconds = _resident(), dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0.0)
-        self._reserved = self._outside = 0
+        self._base, self._count, self._allocated = _resident(), count and self._cuda is None, 0
+        self.peaks, self.seconds = dict.fromkeys(PHASES, 0), dict.fromkeys(PHASES, 0.0)
+        self._resident = self._reserved = self._outside = 0
 
     @contextmanager
     def phase(self, name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
@@ -348,7 +357,7 @@ class Meter:
         if cuda is not None:
             cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        with _sampled() if cuda is None else _nothing() as peak:
+        with _sampled() as peak, _counted() if self._count else nullcontext([0, 0]) as counted:
             yield
             if cuda is not None:
                 cuda.synchronize()
@@ -356,19 +365,23 @@ class Meter:
         self.seconds[name] += took
         if seconds is not None:
             seconds[name] += took
-        grown = peak[0] - self._base
-        if cuda is not None:
-            grown = cuda.max_memory_allocated()
+        self._resident = max(self._resident, peak[0] - self._base)
+        size = peak[0] - self._base
+        if self._count:
+            size = self._allocated + counted[0]
+            self._allocated += counted[1]
+        elif cuda is not None:
+            size = cuda.max_memory_allocated()
             free, total = cuda.mem_get_info()
             self._reserved = max(self._reserved, cuda.max_memory_reserved())
             self._outside = max(self._outside, total - free - cuda.memory_reserved())
-        self.peaks[name] = max(self.peaks[name], grown)
+        self.peaks[name] = max(self.peaks[name], size)
 
     @property
     def found(self) -> dict[str, Any]:
-        found = {"phases": self.peaks, "peak": max(self.peaks.values())}
-        on_gpu = {"reserved": self._reserved, "outside_of_torch": self._outside}
-        return found | ({"process": self._base} if self._cuda is None else on_gpu)
+        found = {"phases": self.peaks, "peak": max(self.peaks.values()), "process": self._base}
+        found |= {"resident": self._resident, "of": "allocated" if self._count or self._cuda else "resident"}
+        return found | ({"reserved": self._reserved, "outside_of_torch": self._outside} if self._cuda else {})
 
 
 def _resident() -> int:
@@ -376,8 +389,17 @@ def _resident() -> int:
 
 
 @contextmanager
-def _nothing() -> Iterator[list[int]]:
-    yield [0]
+def _counted() -> Iterator[list[int]]:
+    """Bytes of host memory that tensors have at the most meanwhile more than at the beginning, and at the end."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found = [0, 0]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield found
+    events = [one for one in profiler.profiler.kineto_results.events() if one.name() == "[memory]"]
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        found[1] += event.nbytes()
+        found[0] = max(found)
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def gpu_memory(setting: Setting, device: str = "cuda", ahead: bool = True) -> Me
         ahead: from the second step on, when weights are gathered ahead.
     """
     states = gpu_states(setting)
-    live = gathered(setting, ahead)
+    live, copied = gathered(setting, ahead)
     kept, work = kept_activations(setting), layer_at_work(setting)
     loss, head = loss_workspace(setting, device), head_gradient(setting)
     large, usual = gradients_in_flight(setting)
@@ -201,17 +201,16 @@ def gpu_memory(setting: Setting, device: str = "cuda", ahead: bool = True) -> Me
     update = update_temporaries(setting, device)
     settled = sum(states.values())
     tied = head if is_tied(setting) else 0  # autograd holds it till the embedding's is there
-    backward = max(head + large, tied + work + attention + usual, tied + large)
     started = settled - states["adamw_moments"] - states["averaged_weights"]
     largest = low(setting) * setting.facts.largest_parameter
     phases = {
         "loading": started + max(2 * 4 * min(sub_group(setting), shard(setting)) - states["reduce_bucket"], largest),
-        "forward": settled + live + kept + max(loss, work + attention),
-        "backward": settled + live + kept + backward,
+        "forward": settled + live + kept + max(loss, copied + forward_workspace(setting)),
+        "backward": settled + live + kept + max(head + large, tied + copied + work + attention + usual, tied + large),
         "update": settled + update,
     }
     components = states | {
-        "gathered_and_prefetched": live, "gradients_in_flight": max(large, usual) + tied, "activations": kept,
+        "gathered_and_prefetched": live + copied, "gradients_in_flight": max(large, usual) + tied, "activations": kept,
         "layer_at_work": work, "attention_workspace": attention, "loss_workspace": loss, "update_temporaries": update,
     }  # fmt: skip
     most = max(phases.values())
@@ -281,8 +280,8 @@ def gpu_states(setting: Setting) -> dict[str, int]:
     }
 
 
-def gathered(setting: Setting, ahead: bool = True) -> int:
-    """Whole weights that are there at once, bytes: 2 · (live + copied), in fp32 4.
+def gathered(setting: Setting, ahead: bool = True) -> tuple[int, int]:
+    """Bytes of whole weights that are there at once: (2 · live, 2 · copied), in fp32 4.
 
     DeepSpeed gathers ahead, at every module as many elements as stage3_prefetch_bucket_size, until
     stage3_max_live_parameters are there, and takes whole parameters, so it overshoots by one: live = max_live + the
@@ -292,10 +291,10 @@ def gathered(setting: Setting, ahead: bool = True) -> int:
     zero, facts = setting.zero, setting.facts
     bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7) if ahead else 0
     if not bucket:
-        return low(setting) * facts.largest_parameter
+        return low(setting) * facts.largest_parameter, 0
     live = min(facts.parameters, zero.get("stage3_max_live_parameters", 10**9) + facts.largest_parameter)
     copied = min(facts.parameters, bucket + facts.largest_parameter)
-    return low(setting) * (live + copied)
+    return low(setting) * live, low(setting) * copied
 
 
 def kept_activations(setting: Setting) -> int:
@@ -368,10 +367,17 @@ def gradients_in_flight(setting: Setting) -> tuple[int, int]:
     facts, size, bucket = setting.facts, low(setting), setting.zero.get("reduce_bucket_size", 5 * 10**8)
     ends = facts.vocabulary_size * facts.hidden_size
     copied = min(bucket, facts.parameters)
-    large = ends if ends > bucket else 0
-    of_large = large * (1 + (large % setting.world_size > 0)) if large else ends + copied
+    of_large = ends * (1 + (ends % setting.world_size > 0)) if ends > bucket else ends
     matrix = min(facts.largest_parameter, facts.largest_layer)
     return size * of_large, size * (matrix + max(copied, matrix if matrix > bucket else 0))
+
+
+def forward_workspace(setting: Setting) -> int:
+    """Bytes of a layer in forward: all it has, of which what is kept without checkpointing is counted there."""
+    layer = _tiled(setting)
+    if setting.checkpointing == "none":
+        return setting.tokens * low(setting) * layer.mlp
+    return setting.tokens * activation_bytes(replace(layer, layers=1), "none", setting.bf16) // 2
 
 
 def sub_group(setting: Setting) -> int:
