@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks (GPUs) the run will have")
     verb.add_argument("--device", default="cpu", help="cpu (default; fp32 unless the recipe says bf16) or cuda")
     verb.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: 2 if it has several, else 1)")
-    verb.add_argument("--steps", type=int, default=2, metavar="S", help="the second is typical (default 2)")
+    verb.add_argument("--steps", type=int, default=3, metavar="S", help="the third is typical (default 3)")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="for hpZ (default 8)")
     verb.add_argument("--json", action="store_true", help="print what was measured and planned as JSON")
 

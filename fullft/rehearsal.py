@@ -45,7 +45,7 @@ def rehearse(
     world_size: int,
     device: str = "cpu",
     micro_batches: int | None = None,
-    steps: int = 2,
+    steps: int = 3,
     gpus_per_node: int = 8,
     count: bool = False,
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def rehearse(
     Args:
         device: cpu or cuda.
         micro_batches: of a step; default: 2 if the run has several, else 1. More take time, and no more memory.
-        steps: the first records in which order modules come; weights are gathered ahead from the second on.
+        steps: DeepSpeed gathers ahead in forward from the first micro-batch on, and in backward from the third on.
         gpus_per_node: for hpZ.
         count: on a CPU, measure what is allocated and not what is resident; slower.
 
@@ -81,7 +81,7 @@ def rehearse(
         "sequence_length": setting.sequence_length, "tokens": setting.tokens, "device": device,
         "precision": "bf16" if setting.bf16 else "fp32", "activation_checkpointing": setting.checkpointing,
         "kernels": setting.kernels, "steps": steps, "micro_batches": request["micro_batches"], "measured": measured,
-        "planned": planned(setting, device, steps),
+        "planned": planned(setting, device),
     }  # fmt: skip
 
 
@@ -129,12 +129,12 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     return replace(setting, checkpointing=mode, kernels=kernels.choose(recipe, meta.config, gpu)[0])
 
 
-def planned(setting: Setting, device: str, steps: int = 2) -> dict[str, Any]:
+def planned(setting: Setting, device: str) -> dict[str, Any]:
     """Bytes of the states and of the phases by the plan, of what a device of this kind holds: a CPU also what is
     offloaded."""
     from fullft.planner import memory as planner
 
-    memory = planner.gpu_memory(setting, device, ahead=steps > 1)
+    memory = planner.gpu_memory(setting, device)
     states, phases = planner.gpu_states(setting), memory.phases
     if device == "cpu":
         here = planner.offloaded(setting)

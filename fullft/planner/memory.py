@@ -178,45 +178,54 @@ class Memory:
 SLACK, CONTEXT, NCCL = "allocator_slack", "context", "nccl"
 
 
-def gpu_memory(setting: Setting, device: str = "cuda", ahead: bool = True) -> Memory:
-    """Memory of rank 0's GPU.
+def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
+    """Memory of rank 0's GPU, at the worst moment of each phase; each has the states, and beside them
 
-    Together are, beside the states (weights, gradients, master weights, moments, remedies, reduce bucket):
-        loading   the weights, and of the fp32 copies of a sub-group that being cut; last, the largest parameter whole
-        forward   gathered weights, what layers keep, and at the end the loss, which makes the gradients of the head
-        backward  gathered weights, what layers keep, and the most of: the head's gradient and its copy in the
-                  reduction; the last layer computed again, its gradients and a bucket's copy; the embedding's gradient
-        update    temporaries of a sub-group, once for all
+        loading   of a sub-group the fp32 weights twice and a gradient, before there is a bucket; then the largest
+                  parameter whole, when hooks are placed; neither with moments
+        forward   layers: gathered weights and the copy of those under way, what layers have kept, and one at work
+                  loss: embedding and head or what is gathered ahead, all that layers keep, the loss
+        backward  head: as the loss, with the head's gradient and its copy in the reduction
+                  layers: gathered weights and copy, all that layers keep, the last one at work, a matrix' gradient, a
+                  bucket's copy
+                  embedding: itself, its gradient and the bucket's copy
+        update    temporaries of a sub-group
 
-    Args:
-        device: cuda, or cpu as a rehearsal has it, which computes in other blocks.
-        ahead: from the second step on, when weights are gathered ahead.
+    A tied head's gradient stays from forward on until the embedding's is there. `device`: cuda, or cpu as a rehearsal
+    has it, which computes in other blocks.
     """
-    states = gpu_states(setting)
-    live, copied = gathered(setting, ahead)
-    kept, work = kept_activations(setting), layer_at_work(setting)
-    loss, head = loss_workspace(setting, device), head_gradient(setting)
-    large, usual = gradients_in_flight(setting)
-    attention = attention_workspace(setting, device)
-    update = update_temporaries(setting, device)
-    settled = sum(states.values())
-    tied = head if is_tied(setting) else 0  # autograd holds it till the embedding's is there
-    started = settled - states["adamw_moments"] - states["averaged_weights"]
-    largest = low(setting) * setting.facts.largest_parameter
+    states, facts, size = gpu_states(setting), setting.facts, low(setting)
+    settled, ends = sum(states.values()), size * facts.vocabulary_size * facts.hidden_size
+    live, at_head, copied = gathered(setting)
+    kept, around = kept_activations(setting, device), setting.tokens * (12 if size == 2 else 16) * facts.hidden_size
+    work, attention = layer_at_work(setting, device), attention_workspace(setting, device)
+    loss, update = loss_workspace(setting, device), update_temporaries(setting, device)
+    of_head, of_matrix, flush = gradients_in_flight(setting)
+    tied = ends if is_tied(setting) else 0  # autograd adds the embedding's
+    early = live > at_head and live == size * facts.parameters  # all is gathered in the first layers
+    in_layers = tied + at_head if early else tied + live + copied
+    flush_in_layers = 0 if setting.zero.get("reduce_bucket_size", 5 * 10**8) >= facts.parameters else flush
+    started = settled - states["adamw_moments"]
+    cut = 4 * (2 + (not setting.bf16 and device == "cpu")) * sub_group(setting)
     phases = {
-        "loading": started + max(2 * 4 * min(sub_group(setting), shard(setting)) - states["reduce_bucket"], largest),
-        "forward": settled + live + kept + max(loss, copied + forward_workspace(setting)),
-        "backward": settled + live + kept + max(head + large, tied + copied + work + attention + usual, tied + large),
+        "loading": started + max(cut - states["reduce_bucket"] - states["gradients"], size * facts.largest_parameter),
+        "forward": settled
+        + max(live + copied + (0 if early else kept) + forward_workspace(setting), at_head + kept + around + loss),
+        "backward": settled
+        + max(
+            at_head + kept + around + of_head, in_layers + kept + work + attention + of_matrix + flush_in_layers,
+            tied + ends + max(of_head, flush),
+        ),
         "update": settled + update,
-    }
-    components = states | {
-        "gathered_and_prefetched": live + copied, "gradients_in_flight": max(large, usual) + tied, "activations": kept,
-        "layer_at_work": work, "attention_workspace": attention, "loss_workspace": loss, "update_temporaries": update,
     }  # fmt: skip
-    most = max(phases.values())
+    components = states | {
+        "gathered_and_prefetched": max(live + copied, at_head), "activations": kept + around,
+        "gradients_in_flight": tied + max(of_head, of_matrix + flush), "layer_at_work": work,
+        "attention_workspace": attention, "loss_workspace": loss, "update_temporaries": update,
+    }  # fmt: skip
     on_gpu = device == "cuda"
     components |= {
-        SLACK: int(_SLACK * most) if on_gpu else 0, CONTEXT: _CONTEXT if on_gpu else 0,
+        SLACK: int(_SLACK * max(phases.values())) if on_gpu else 0, CONTEXT: _CONTEXT if on_gpu else 0,
         NCCL: nccl_buffers(setting) if on_gpu else 0,
     }  # fmt: skip
     return Memory(components, phases)
@@ -231,6 +240,13 @@ def shard(setting: Setting, ranks: int | None = None) -> int:
     """Elements of a rank's shards of all parameters: Σ ceil(n / W), since ZeRO-3 cuts each by itself and pads it."""
     ranks, facts = ranks or setting.world_size, setting.facts
     return sum(-(-size // ranks) for size in facts.sizes) if facts.sizes else -(-facts.parameters // ranks)
+
+
+def largest_matrix(setting: Setting) -> int:
+    """Elements of the largest parameter that is neither embedding nor head."""
+    facts = setting.facts
+    ends = facts.vocabulary_size * facts.hidden_size
+    return max((one for one in facts.sizes if one != ends), default=min(facts.largest_parameter, facts.largest_layer))
 
 
 def is_tied(setting: Setting) -> bool:
@@ -280,32 +296,41 @@ def gpu_states(setting: Setting) -> dict[str, int]:
     }
 
 
-def gathered(setting: Setting, ahead: bool = True) -> tuple[int, int]:
-    """Bytes of whole weights that are there at once: (2 · live, 2 · copied), in fp32 4.
+def gathered(setting: Setting) -> tuple[int, int, int]:
+    """Bytes of whole weights that are there at once, 2 (4) an element: at the most; where the head is; copies of those
+    under way.
 
-    DeepSpeed gathers ahead, at every module as many elements as stage3_prefetch_bucket_size, until
-    stage3_max_live_parameters are there, and takes whole parameters, so it overshoots by one: live = max_live + the
-    largest. Several gathered in one go lie in a buffer until they are copied out: copied = the bucket and one
-    parameter. Both at most the model. (partitioned_param_coordinator.fetch_sub_module, DeepSpeed 0.19.8.)
+    At every module DeepSpeed gathers ahead, in the order that it has recorded, parameters of
+    stage3_prefetch_bucket_size elements and at most the one that goes beyond, until there are
+    stage3_max_live_parameters (partitioned_param_coordinator.fetch_sub_module, 0.19.8). So a model above that has that
+    many, and once more the largest; of one below, all is gathered in its first layers, and at its head are the head and
+    the embedding, which comes next in the order. Parameters gathered together lie in a buffer until they are copied out
+    of it.
     """
-    zero, facts = setting.zero, setting.facts
-    bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7) if ahead else 0
+    zero, facts, size = setting.zero, setting.facts, low(setting)
+    bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
+    limit = zero.get("stage3_max_live_parameters", 10**9)
     if not bucket:
-        return low(setting) * facts.largest_parameter, 0
-    live = min(facts.parameters, zero.get("stage3_max_live_parameters", 10**9) + facts.largest_parameter)
-    copied = min(facts.parameters, bucket + facts.largest_parameter)
-    return low(setting) * live, low(setting) * copied
+        return size * facts.largest_parameter, size * facts.largest_parameter, 0
+    copied = size * min(facts.parameters, bucket + largest_matrix(setting))
+    if facts.parameters <= limit:
+        return size * facts.parameters, size * min(facts.parameters, facts.vocabulary_parameters), copied
+    return size * min(facts.parameters, limit), size * limit, copied
 
 
-def kept_activations(setting: Setting) -> int:
+def kept_activations(setting: Setting, device: str = "cuda") -> int:
     """Bytes kept from forward to backward by all layers: `activation_bytes` without the layer at work, for each token
-    of the micro-batch, of which a rank has 1 / sequence_parallel; and the hidden states around the layers, 4 h
-    (embedding and last norm)."""
+    of the micro-batch, of which a rank has 1 / sequence_parallel."""
     layer = _tiled(setting)
     per_token = activation_bytes(layer, setting.checkpointing, setting.bf16)
     if setting.checkpointing != "none":
         per_token -= activation_bytes(replace(layer, layers=1), "none", setting.bf16)
-    return setting.tokens * (per_token + 2 * low(setting) * layer.hidden)
+    return setting.tokens * (per_token + _twice(setting, device) * (setting.checkpointing == "none") * layer.layers)
+
+
+def _twice(setting: Setting, device: str) -> int:
+    """Bytes a token of attention's output, which is kept a second time where documents are attended to one by one."""
+    return low(setting) * setting.layer.queries if device == "cpu" else 0
 
 
 def _tiled(setting: Setting) -> Layer:
@@ -313,12 +338,13 @@ def _tiled(setting: Setting) -> Layer:
     return replace(setting.layer, mlp=-(-setting.layer.mlp // setting.mlp_tiles))
 
 
-def layer_at_work(setting: Setting) -> int:
+def layer_at_work(setting: Setting, device: str = "cuda") -> int:
     """Bytes of the layer in backward: what it keeps while it is computed again (nothing more without checkpointing),
     and the gradients of its widest part, 2 · (3 f + 2 h) a token: of product, gate and up, of input and output."""
     layer, size = _tiled(setting), low(setting)
-    whole = 0 if setting.checkpointing == "none" else activation_bytes(replace(layer, layers=1), "none", setting.bf16)
-    return setting.tokens * (whole + size * (3 * layer.mlp + 2 * layer.hidden))
+    whole = activation_bytes(replace(layer, layers=1), "none", setting.bf16) + _twice(setting, device)
+    again = 0 if setting.checkpointing == "none" else whole
+    return setting.tokens * (again + size * (3 * layer.mlp + 2 * layer.hidden))
 
 
 def attention_workspace(setting: Setting, device: str = "cuda") -> int:
@@ -338,38 +364,43 @@ def attention_workspace(setting: Setting, device: str = "cuda") -> int:
 
 
 def loss_workspace(setting: Setting, device: str = "cuda") -> int:
-    """Bytes of the loss in the head's forward (`head`): logits of some positions at a time with what their gradient
-    needs, 14 bytes an element (with a divergence 32), at most WORKSPACE_BYTES; the head's gradient, summed in fp32
-    over several such chunks and rounded once at the end; hidden states of the labels and their gradient, 2 · 2 h."""
+    """Bytes of the loss in the head's forward (`head`), when each position has a label: logits of as many positions as
+    WORKSPACE_BYTES holds at 14 bytes an element (32 with a divergence), of which really `_OF_LOGIT` are there; the
+    head's gradient, which is there from then on, summed in fp32 over several chunks and rounded once at the end;
+    hidden states of the labels and their gradient, 2 · 2 h."""
     facts, size = setting.facts, low(setting)
     each = _BYTES_WITH_DIVERGENCE if setting.recipe.train.kl_weight else _BYTES_OF_LOGIT
-    row = each * facts.vocabulary_size
-    at_once = max(1, WORKSPACE_BYTES[device] // row)
+    at_once = max(1, WORKSPACE_BYTES[device] // (each * facts.vocabulary_size))
     elements = facts.vocabulary_size * facts.hidden_size
     hidden = 2 * size * setting.tokens * facts.hidden_size
+    one, several = _OF_LOGIT[size]
+    more = each - _BYTES_OF_LOGIT
     if setting.tokens <= at_once:
-        return row * setting.tokens + size * elements + hidden
-    chunk = row * at_once + (4 << 26 if size == 2 and device == "cuda" else 0)  # its product by blocks
+        return (one + more) * facts.vocabulary_size * setting.tokens + size * elements + hidden
+    chunk = (several + more) * facts.vocabulary_size * at_once
     return hidden + 4 * elements + max(chunk, size * elements if size == 2 else 0)
 
 
-def head_gradient(setting: Setting) -> int:
-    """Bytes of the head's gradient, which is there from the end of forward on: 2 V h."""
-    return low(setting) * setting.facts.vocabulary_size * setting.facts.hidden_size
+# Bytes of each logit at the most, by the size of an element, with one chunk or with several, when the gradient of the
+# chunk before is there too; counted by torch's profiler.
+_OF_LOGIT = {2: (16, 18), 4: (16, 20)}
 
 
-def gradients_in_flight(setting: Setting) -> tuple[int, int]:
-    """Bytes of whole gradients beside the bucket: (where embedding or head is reduced, in the layers).
+def gradients_in_flight(setting: Setting) -> tuple[int, int, int]:
+    """Bytes of whole gradients beside the bucket: of head or embedding, of a layer's matrix, of a bucket that is
+    reduced.
 
-    A gradient above reduce_bucket_size is reduced by itself, and copied for that unless W divides it; others are copied
-    from the bucket, all of it (stage3.__avg_scatter_grads, coalesced_collectives.reduce_scatter_coalesced).
+    Smaller ones are copied into the bucket, which is copied as a whole when it is full, or backward at its end. One
+    above reduce_bucket_size is reduced by itself, and copied for that unless W divides it (stage3.__avg_scatter_grads,
+    coalesced_collectives.reduce_scatter_coalesced, DeepSpeed 0.19.8).
     """
     facts, size, bucket = setting.facts, low(setting), setting.zero.get("reduce_bucket_size", 5 * 10**8)
-    ends = facts.vocabulary_size * facts.hidden_size
-    copied = min(bucket, facts.parameters)
-    of_large = ends * (1 + (ends % setting.world_size > 0)) if ends > bucket else ends
-    matrix = min(facts.largest_parameter, facts.largest_layer)
-    return size * of_large, size * (matrix + max(copied, matrix if matrix > bucket else 0))
+
+    def alone(elements: int) -> int:
+        return size * elements * (1 + (elements > bucket and elements % setting.world_size > 0))
+
+    ends = alone(facts.vocabulary_size * facts.hidden_size)
+    return ends, alone(largest_matrix(setting)), size * min(bucket, facts.parameters)
 
 
 def forward_workspace(setting: Setting) -> int:
