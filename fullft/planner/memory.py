@@ -76,7 +76,9 @@ def _disk(recipe: Recipe, parameters: int, bf16: bool) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Layer:
-    """Widths of a decoder layer, elements: hidden h, MLP f, queries H·d, keys K·d; and the number H of heads."""
+    """Widths of a decoder layer, elements: hidden h, MLP f (of all experts that a token is sent to), queries H·d, keys
+    K·d; the number H of heads; and what it has beside Llama's: norms of queries and keys, norms behind attention and
+    MLP, Gemma's norms, which are fp32 throughout, experts."""
 
     layers: int
     hidden: int
@@ -84,6 +86,14 @@ class Layer:
     queries: int
     keys: int
     heads: int
+    norms_of_heads: bool = False
+    norms_behind: bool = False
+    norms_in_fp32: bool = False
+    active_experts: int = 0
+    assumed: str = ""  # what is not known of the architecture
+
+
+_KNOWN = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma3"}
 
 
 def layer_of(config: Any) -> Layer:
@@ -93,25 +103,40 @@ def layer_of(config: Any) -> Layer:
     head = int(getattr(text, "head_dim", None) or hidden // heads)
     keys = int(getattr(text, "num_key_value_heads", None) or heads)
     mlp = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    if experts := getattr(text, "num_experts_per_tok", None):
-        mlp = int(experts) * int(getattr(text, "moe_intermediate_size", None) or mlp)
-    return Layer(int(text.num_hidden_layers), hidden, mlp, heads * head, keys * head, heads)
+    if experts := int(getattr(text, "num_experts_per_tok", None) or 0):
+        mlp = experts * int(getattr(text, "moe_intermediate_size", None) or mlp)
+    kind = text.model_type
+    return Layer(
+        int(text.num_hidden_layers), hidden, mlp, heads * head, keys * head, heads,
+        norms_of_heads=kind.startswith(("qwen3", "gemma3")), norms_behind=kind.startswith(("gemma2", "gemma3")),
+        norms_in_fp32=kind.startswith("gemma"), active_experts=experts,
+        assumed="" if kind in _KNOWN else f"a layer of {kind} keeps what one of Llama does",
+    )  # fmt: skip
 
 
-def activation_bytes(layer: Layer, mode: str, bf16: bool) -> int:
+def activation_bytes(layer: Layer, mode: str, bf16: bool, fused: bool = False) -> int:
     """Bytes of activations a token, between forward and backward and in the layer at work, by what is kept
     (`activations`).
 
     A layer of Llama with attention of flash kind keeps, in bf16, 16h + 8f + 4Hd + 4Kd + 4H + 8 bytes a token, in fp32
     24h + 16f + 8Hd + 8Kd + 4H + 8: counted by saved_tensors_hooks on transformers 5.24 (tests/test_activations.py), not
-    the 34h of Korthikanti et al. 2022 ("Reducing Activation Recomputation"), which is GPT's with dropout. Checkpointed,
-    it keeps its input, and its whole is there while it is computed again. selective adds the attention's output and
-    every second matrix product, those of keys, of attention's output and of the upper half of the gated MLP.
+    the 34h of Korthikanti et al. 2022 ("Reducing Activation Recomputation"), which is GPT's with dropout. A norm's part
+    is the input in fp32, the normalized and the output, 4 + 2 + 2 (4 + 4 + 4); what nothing multiplies, as behind the
+    norms of queries and keys and of what is added to the residual, is not kept. Experts have their inputs and outputs once
+    more, 2 · 2h each. Liger's norms (`fused`) keep input and
+    output, its MLP three of its four f. Checkpointed, a layer keeps its input, and its whole is there while it is
+    computed again. selective adds the attention's output and every second matrix product, those of keys, of attention's
+    output and of the upper half of the gated MLP.
     """
     h, f, q, k = layer.hidden, layer.mlp, layer.queries, layer.keys
-    whole = 16 * h + 8 * f + 4 * q + 4 * k if bf16 else 24 * h + 16 * f + 8 * q + 8 * k
-    whole += 4 * layer.heads + 8
     size = 2 if bf16 else 4
+    norm = 4 + (4 if layer.norms_in_fp32 else size)  # of the input, without the output
+    if fused:
+        norm = size
+    whole = 2 * (norm + size) * h + (3 if fused else 4) * size * f + 2 * size * (q + k) + 4 * layer.heads + 8
+    whole += norm * (q + k) if layer.norms_of_heads else 0
+    whole += 2 * norm * h if layer.norms_behind else 0
+    whole += 2 * size * layer.active_experts * h
     match mode:
         case "none":
             return layer.layers * whole
@@ -214,7 +239,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         "backward": settled
         + max(
             at_head + kept + around + of_head, in_layers + kept + work + attention + of_matrix + flush_in_layers,
-            tied + ends + max(of_head, flush),
+            ends + max(tied + of_head, flush),
         ),
         "update": settled + update,
     }  # fmt: skip
@@ -320,12 +345,19 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
 
 def kept_activations(setting: Setting, device: str = "cuda") -> int:
     """Bytes kept from forward to backward by all layers: `activation_bytes` without the layer at work, for each token
-    of the micro-batch, of which a rank has 1 / sequence_parallel."""
+    of the micro-batch, of which a rank has 1 / sequence_parallel. Without checkpointing, weights of experts too: their
+    product keeps them for backward, gathered as they are, where DeepSpeed's linear layer gathers them again."""
     layer = _tiled(setting)
-    per_token = activation_bytes(layer, setting.checkpointing, setting.bf16)
+    per_token = _per_token(setting, layer, setting.checkpointing)
     if setting.checkpointing != "none":
-        per_token -= activation_bytes(replace(layer, layers=1), "none", setting.bf16)
-    return setting.tokens * (per_token + _twice(setting, device) * (setting.checkpointing == "none") * layer.layers)
+        return setting.tokens * (per_token - _per_token(setting, replace(layer, layers=1), "none"))
+    experts = setting.facts.largest_layer - 2 * layer.hidden * (layer.queries + layer.keys)
+    of_layer = low(setting) * experts if layer.active_experts else 0
+    return setting.tokens * (per_token + _twice(setting, device) * layer.layers) + of_layer * layer.layers
+
+
+def _per_token(setting: Setting, layer: Layer, mode: str) -> int:
+    return activation_bytes(layer, mode, setting.bf16, setting.kernels == "liger")
 
 
 def _twice(setting: Setting, device: str) -> int:
@@ -342,7 +374,7 @@ def layer_at_work(setting: Setting, device: str = "cuda") -> int:
     """Bytes of the layer in backward: what it keeps while it is computed again (nothing more without checkpointing),
     and the gradients of its widest part, 2 · (3 f + 2 h) a token: of product, gate and up, of input and output."""
     layer, size = _tiled(setting), low(setting)
-    whole = activation_bytes(replace(layer, layers=1), "none", setting.bf16) + _twice(setting, device)
+    whole = _per_token(setting, replace(layer, layers=1), "none") + _twice(setting, device)
     again = 0 if setting.checkpointing == "none" else whole
     return setting.tokens * (again + size * (3 * layer.mlp + 2 * layer.hidden))
 
@@ -408,7 +440,7 @@ def forward_workspace(setting: Setting) -> int:
     layer = _tiled(setting)
     if setting.checkpointing == "none":
         return setting.tokens * low(setting) * layer.mlp
-    return setting.tokens * activation_bytes(replace(layer, layers=1), "none", setting.bf16) // 2
+    return setting.tokens * _per_token(setting, replace(layer, layers=1), "none") // 2
 
 
 def sub_group(setting: Setting) -> int:
@@ -419,11 +451,11 @@ def sub_group(setting: Setting) -> int:
 
 def update_temporaries(setting: Setting, device: str = "cuda") -> int:
     """Bytes of the update of n elements, a sub-group: its gradients flattened, 2 n (4), and cast to fp32, 4 n. torch's
-    fused AdamW has no more; on a CPU two fp32 temporaries, 8 n. Offloaded, all is in host memory."""
+    fused AdamW has no more; on a CPU one of fp32, 4 n. Offloaded, all is in host memory."""
     if offloads(setting, "optimizer"):
         return 0
     flat = 4 if setting.accumulation > 1 or not setting.bf16 else 2
-    return sub_group(setting) * (flat + (4 if flat == 2 else 0) + (0 if device == "cuda" else 8))
+    return sub_group(setting) * (flat + (4 if flat == 2 else 0) + (0 if device == "cuda" else 4))
 
 
 # Outside of torch's allocator, and what it cannot use: planned, not measured here (stas00/ml-engineering,
