@@ -122,11 +122,12 @@ def activation_bytes(layer: Layer, mode: str, bf16: bool, fused: bool = False) -
     24h + 16f + 8Hd + 8Kd + 4H + 8: counted by saved_tensors_hooks on transformers 5.24 (tests/test_activations.py), not
     the 34h of Korthikanti et al. 2022 ("Reducing Activation Recomputation"), which is GPT's with dropout. A norm's part
     is the input in fp32, the normalized and the output, 4 + 2 + 2 (4 + 4 + 4); what nothing multiplies, as behind the
-    norms of queries and keys and of what is added to the residual, is not kept. Experts have their inputs and outputs once
-    more, 2 · 2h each. Liger's norms (`fused`) keep input and
-    output, its MLP three of its four f. Checkpointed, a layer keeps its input, and its whole is there while it is
-    computed again. selective adds the attention's output and every second matrix product, those of keys, of attention's
-    output and of the upper half of the gated MLP.
+    norms of queries and keys and of what is added to the residual, is not kept. Experts have their inputs and outputs
+    once more, 2 · 2h each. Liger's norms (`fused`) keep input and output, its MLP three of its four f.
+
+    Checkpointed, a layer keeps its input, and its whole is there while it is computed again. selective adds the
+    attention's output and every second matrix product, those of keys, of attention's output and of the upper half of
+    the gated MLP.
     """
     h, f, q, k = layer.hidden, layer.mlp, layer.queries, layer.keys
     size = 2 if bf16 else 4
