@@ -320,7 +320,7 @@ def states_of(engine: Any, pull: Any) -> dict[str, int]:
     parameters = list(engine.module.parameters())
     whole = [one for one in parameters if one.ds_persist]
     return {
-        "weights": sizes(one.ds_tensor for one in parameters) + sizes(whole),
+        "weights": sizes([*(one.ds_tensor for one in parameters), *whole]),
         "gradients": sizes([zero.grad_partitions_flat_buffer]),
         "master_weights": sizes(zero.fp32_partitioned_groups_flat),
         "adamw_moments": sizes(one[name] for one in states for name in ("exp_avg", "exp_avg_sq") if name in one),

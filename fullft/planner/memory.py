@@ -292,7 +292,8 @@ def offloads(setting: Setting, what: str) -> bool:
 def gpu_states(setting: Setting) -> dict[str, int]:
     """Bytes that stay on the GPU between steps, s elements a shard (ZeRO: Rajbhandari et al. 2020).
 
-    weights           2 s (fp32: 4), and the parameters up to stage3_param_persistence_threshold whole
+    weights           2 s (fp32: 4), and the parameters up to stage3_param_persistence_threshold whole,
+                      N · ceil(n / N) elements, unless there is one rank, whose shards are whole
     gradients         2 s; 4 where micro-batches are added up, which is done in fp32, and in fp32
     master weights    4 s, in fp32 a second copy;   AdamW moments  8 s
     base weights      2 s (4) of train.l2_pull;     averaged weights  4 s of train.ema_decay
@@ -304,7 +305,8 @@ def gpu_states(setting: Setting) -> dict[str, int]:
     """
     size, part, train, zero = low(setting), shard(setting), setting.recipe.train, setting.zero
     limit = zero.get("stage3_param_persistence_threshold", 10**5)
-    whole = size * sum(one for one in setting.facts.sizes if one <= limit)
+    ranks = setting.world_size
+    whole = size * ranks * sum(-(-one // ranks) for one in setting.facts.sizes if one <= limit) if ranks > 1 else 0
     optimizer_here, weights_here = not offloads(setting, "optimizer"), not offloads(setting, "param")
     group = zero.get("zero_hpz_partition_size", 1)
     reference = train.kl_weight > 0 and train.kl_reference == "model" and not train.kl_reference_offload
@@ -336,6 +338,8 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
     zero, facts, size = setting.zero, setting.facts, low(setting)
     bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
     limit = zero.get("stage3_max_live_parameters", 10**9)
+    if setting.world_size == 1:
+        return 0, 0, 0
     if not bucket:
         return size * facts.largest_parameter, size * facts.largest_parameter, 0
     copied = size * min(facts.parameters, bucket + largest_matrix(setting))
