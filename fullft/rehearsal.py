@@ -227,6 +227,7 @@ def perform(
             with meter.phase("backward", seconds[-1]):
                 engine.backward(loss * world_size, scale_wrt_gas=False)
                 del loss
+        second = sizes(_second_copies(engine))  # dropped in the update, and made again in forward
         say(f"update of step {step} of {steps}")
         with meter.phase("update", seconds[-1]):
             for group in engine.optimizer.param_groups:
@@ -234,7 +235,7 @@ def perform(
             engine.step()
     last = seconds[-1]
     return meter.found | {
-        "states": states_of(engine, pull), "why_logits_whole": head.why_not,
+        "states": states_of(engine, pull) | {"second_copy_of_weights": second}, "why_logits_whole": head.why_not,
         "seconds": {
             "loading": meter.seconds["loading"], "forward": last["forward"] / micro_batches,
             "backward": last["backward"] / micro_batches, "update": last["update"],
@@ -326,11 +327,13 @@ def states_of(engine: Any, pull: Any) -> dict[str, int]:
         "adamw_moments": sizes(one[name] for one in states for name in ("exp_avg", "exp_avg_sq") if name in one),
         "base_weights": sizes(pull._base.values()) if pull is not None else 0,
         "averaged_weights": sizes(one[AVERAGE] for one in states if AVERAGE in one),
-        "second_copy_of_weights": sizes(
-            one.ds_secondary_tensor for one in parameters if getattr(one, "ds_secondary_tensor", None) is not None
-        ),
         "reduce_bucket": sizes(one.buffer for one in zero.ipg_buckets.values() if one.buffer is not None),
     }
+
+
+def _second_copies(engine: Any) -> list[Any]:
+    found = [getattr(one, "ds_secondary_tensor", None) for one in engine.module.parameters()]
+    return [one for one in found if one is not None]
 
 
 def sizes(tensors: Any) -> int:

@@ -47,7 +47,8 @@ def plan(
     state = {name: size * shard for name, size in state.items()}
     if node_partition > 1:
         state["second_copy_of_weights"] = low * math.ceil(facts.parameters / node_partition)
-    on_host: tuple[str, ...] = ("master_weights", "adamw_moments", "averaged_weights") if offload else ()
+    of_optimizer = ("gradients", "master_weights", "adamw_moments", "averaged_weights")
+    on_host: tuple[str, ...] = of_optimizer if offload else ()
     on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
     on_host += ("reference_model",) if train.kl_reference_offload else ()
     return {
@@ -420,7 +421,7 @@ def loss_workspace(setting: Setting, device: str = "cuda") -> int:
 
 # Bytes of each logit at the most, by the size of an element, with one chunk or with several, when the gradient of the
 # chunk before is there too; counted by torch's profiler.
-_OF_LOGIT = {2: (16, 18), 4: (16, 20)}
+_OF_LOGIT = {2: (14, 16), 4: (16, 20)}
 
 
 def gradients_in_flight(setting: Setting) -> tuple[int, int, int]:
