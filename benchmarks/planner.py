@@ -2,9 +2,9 @@
 
     python -m benchmarks.planner [--quick] [--device cpu|cuda] [--only ROW …]
 
-Each row is a `fullft rehearse` of its own process. On a CPU, small models in fp32 (their tensors are those of a GPU
-with 4 bytes for 2), and what is allocated is counted by torch's profiler: exact, but without a GPU's attention,
-allocator and context. On a GPU, models that fit it in bf16, and what torch's allocator held at the most.
+Each row is a `fullft rehearse` of its own process. On a CPU, small models in fp32 and smaller ones in bf16, and what is
+allocated is counted by torch's profiler: exact, but without a GPU's attention, allocator and context. On a GPU, models
+that fit it in bf16, and what torch's allocator held at the most.
 """
 
 from __future__ import annotations
@@ -22,6 +22,14 @@ from benchmarks.common import goal, write
 
 _SMALL = {"vocab_size": 32000, "max_position_embeddings": 131072, "hidden_size": 384, "num_attention_heads": 6}
 MODELS: dict[str, dict[str, Any]] = {
+    "llama-4m": _SMALL | {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 8, "vocab_size": 8000,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    },
+    "gemma3-3m": _SMALL | {
+        "model_type": "gemma3_text", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 8000,
+    },
     "llama-40m": _SMALL | {
         "model_type": "llama", "intermediate_size": 1024, "num_hidden_layers": 8, "num_key_value_heads": 2,
         "tie_word_embeddings": False,
@@ -79,6 +87,11 @@ CPU: list[Row] = [
     ("qwen3-30m", 8, 1024, "none", 1, ()),
     ("gemma3-40m", 512, 512, "full", 1, ()),
     ("mixtral-60m", 8, 512, "full", 1, ()),
+    ("llama-40m", 8, 1024, "none", 1, ("train.sequence_parallel=2",)),
+    ("llama-40m", 64, 512, "full", 1, ("deepspeed=ds_configs/zero3_hpz.json",)),
+    ("llama-4m", 8, 256, "none", 1, ("train.precision=bf16",)),
+    ("llama-4m", 64, 256, "full", 2, ("train.precision=bf16",)),
+    ("gemma3-3m", 8, 256, "none", 1, ("train.precision=bf16",)),
 ]
 CUDA: list[Row] = [
     ("llama-1b", 8, 8192, "full", 1, ()),

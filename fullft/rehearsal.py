@@ -37,6 +37,7 @@ _ON_CPU = {
     "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576",
     "MALLOC_TRIM_THRESHOLD_": "1048576", "THP_MEM_ALLOC_ENABLE": "1",
 }  # fmt: skip
+_LARGEST_IN_BF16_ON_CPU = 20_000_000  # parameters: most CPUs do 1 to 10 GFLOP/s in bf16
 _ON_GPU = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -105,8 +106,6 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
         problems.append(f"--device: {device} is neither cpu nor cuda")
     if gpu and not torch.cuda.is_available():
         problems.append("--device: torch finds no GPU here; --device cpu rehearses the same shapes in fp32")
-    if not gpu and train.precision == "bf16":
-        problems.append("train.precision: bf16 takes a CPU hours; rehearse there with train.precision=fp32")
     if train.kl_weight and train.kl_reference == "model":
         problems.append("train.kl_reference: a model is not rehearsed; take train.kl_weight=0, and add the plan's part")
     if problems:
@@ -116,6 +115,8 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16)
     if str((setting.zero.get("offload_param") or {}).get("device")) == "nvme":
         problems.append(f"deepspeed: {recipe.deepspeed} has offload_param on nvme, which is not rehearsed")
+    if bf16 and not gpu and setting.facts.parameters > _LARGEST_IN_BF16_ON_CPU:
+        problems.append("train.precision: bf16 takes a CPU hours; rehearse there with train.precision=fp32")
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpu)
     if problems:
         raise BadInput(problems)

@@ -114,8 +114,9 @@ def test_what_cannot_be_rehearsed_is_told(plain: dict[str, Any]) -> None:
     assert "--world-size: 0 is not a number of ranks" in problems(0)
     assert "--device: tpu is neither cpu nor cuda" in problems(device="tpu")
     assert "torch finds no GPU here" in problems(device="cuda")
-    assert "train.precision: bf16 takes a CPU hours" in problems(precision="bf16")
     assert "train.kernels: liger, but there is no GPU" in problems(kernels="liger")
+    plain["model"]["path"] = str(write_config(Path(plain["model"]["path"]).parent / "large", vocab_size=200_000))
+    assert "train.precision: bf16 takes a CPU hours" in problems(precision="bf16")
     with pytest.raises(BadInput, match="--steps: 0 is too few"):
         rehearse(parse_recipe(plain), 8, steps=0)
 
