@@ -345,7 +345,10 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
         return size * facts.largest_parameter, size * facts.largest_parameter, 0
     copied = size * min(facts.parameters, bucket + largest_matrix(setting))
     if facts.parameters <= limit:
-        return size * facts.parameters, size * min(facts.parameters, facts.vocabulary_parameters), copied
+        layer, at_head = setting.layer, facts.vocabulary_parameters
+        if setting.mlp_tiles > 1:  # what is used several times in a row is kept for backward
+            at_head = facts.parameters - layer.layers * 2 * layer.hidden * (layer.queries + layer.keys)
+        return size * facts.parameters, size * at_head, copied
     return size * min(facts.parameters, limit), size * limit, copied
 
 
