@@ -17,12 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fullft.cluster import exit_now
 from fullft.errors import EXIT_BAD_INPUT, BadInput
 from fullft.recipe import Recipe, parse_recipe
 
@@ -150,10 +152,9 @@ def _in_process(request: dict[str, Any]) -> dict[str, Any]:
         file.write_text(json.dumps(request))
         environment = os.environ | (_ON_CPU if request["device"] == "cpu" else _ON_GPU)
         command = [sys.executable, "-m", "fullft.rehearsal", str(file), str(answer)]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        said, last = list[str](), "its start"
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        said, last = deque[str](maxlen=60), "its start"
         assert process.stderr
         try:
             for line in process.stderr:
@@ -168,7 +169,7 @@ def _in_process(request: dict[str, Any]) -> dict[str, Any]:
             process.wait()
         if code == 0:
             return json.loads(answer.read_text())  # type: ignore[no-any-return]
-        text = "".join(said[-60:])
+        text = "".join(said)
         if code == EXIT_BAD_INPUT and answer.exists():
             raise BadInput(json.loads(answer.read_text())["problems"])
         if code == -signal.SIGKILL or "OutOfMemoryError" in text or "can't allocate memory" in text:
@@ -183,6 +184,7 @@ _MARK = "fullft-rehearsal: "
 
 
 def main() -> int:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     request, answer = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     try:
         found = perform(**request)
@@ -191,6 +193,11 @@ def main() -> int:
         return EXIT_BAD_INPUT
     answer.write_text(json.dumps(found))
     return 0
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # ends when the other end is closed, however that process ended
+    os._exit(1)
 
 
 def perform(
@@ -452,4 +459,4 @@ def table(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_now(main())
