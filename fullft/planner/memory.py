@@ -228,6 +228,8 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
     work, attention = layer_at_work(setting, device), attention_workspace(setting, device)
     loss, update = loss_workspace(setting, device), update_temporaries(setting, device)
     of_head, of_matrix, flush = gradients_in_flight(setting)
+    # Attention's backward comes after the MLP's, when product, gate, up and their gradients are free.
+    busy = max(work, work - setting.tokens * size * 7 * _tiled(setting).mlp + attention)
     tied = ends if is_tied(setting) else 0  # autograd adds the embedding's
     early = live > at_head and live == size * facts.parameters  # all is gathered in the first layers
     in_layers = tied + at_head if early else tied + live + copied
@@ -240,7 +242,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         + max(live + copied + (0 if early else kept) + forward_workspace(setting), at_head + kept + around + loss),
         "backward": settled
         + max(
-            at_head + kept + around + of_head, in_layers + kept + work + attention + of_matrix + flush_in_layers,
+            at_head + kept + around + of_head, in_layers + kept + busy + of_matrix + flush_in_layers,
             ends + max(tied + of_head, flush),
         ),
         "update": settled + update,
@@ -393,15 +395,13 @@ def attention_workspace(setting: Setting, device: str = "cuda") -> int:
 
     FlashAttention-2 (Dao 2023; mha_varlen_bwd) sums the gradient of queries in fp32, 4 Hd a token, and where heads
     share keys has those of keys and values for every head, 2 · 2 Hd; with sequence_parallel a rank has all tokens of
-    1 / N of the heads, and the exchange of queries, keys, values and output has a copy of each. It comes after the
-    MLP's backward, whose activations are free by then.
+    1 / N of the heads, and the exchange of queries, keys, values and output has a copy of each.
     """
     layer, size = setting.layer, low(setting)
     each = (4 + 2 * size * (layer.keys < layer.queries)) * layer.queries if device == "cuda" else 0
     if setting.sequence_parallel > 1:
         each += size * 2 * (layer.queries + layer.keys)
-    free = size * 3 * layer.mlp + size * 4 * layer.mlp // setting.mlp_tiles
-    return setting.tokens * max(0, each - free)
+    return setting.tokens * each
 
 
 def loss_workspace(setting: Setting, device: str = "cuda") -> int:
