@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fullft.cluster import exit_now
-from fullft.errors import EXIT_BAD_INPUT, BadInput
+from fullft.errors import EXIT_BAD_INPUT, BadInput, Problems
 from fullft.recipe import Recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -99,8 +99,11 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     from fullft import activations, kernels, model
     from fullft.planner import memory as planner
     from fullft.planner.setting import setting_of
+    from fullft.preflight import length_problems, parallel_problems
+    from fullft.tiles import require_tileable
+    from fullft.tokenizer import load_tokenizer
 
-    problems, train = list[str](), recipe.train
+    problems, train = Problems(), recipe.train
     gpu = device == "cuda"
     if world_size < 1:
         problems.append(f"--world-size: {world_size} is not a number of ranks")
@@ -112,7 +115,7 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
         problems.append("train.kl_reference: a model is not rehearsed; take train.kl_weight=0, and add the plan's part")
     if problems:
         raise BadInput(problems)
-    meta = model.on_meta(recipe.model)
+    meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)
     bf16 = model.precision(recipe, gpu) == torch.bfloat16
     setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16)
     if str((setting.zero.get("offload_param") or {}).get("device")) == "nvme":
@@ -120,6 +123,9 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     if bf16 and not gpu and setting.facts.parameters > _LARGEST_IN_BF16_ON_CPU:
         problems.append("train.precision: bf16 takes a CPU hours; rehearse there with train.precision=fp32")
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpu)
+    problems += length_problems(recipe, meta) + parallel_problems(recipe, model.attention_of(recipe.model))
+    if train.mlp_tiles > 1:
+        problems.attempt(require_tileable, meta)
     if problems:
         raise BadInput(problems)
     memory = torch.cuda.get_device_properties(0).total_memory if gpu else None

@@ -26,6 +26,7 @@ def write_config(folder: Path, **changed: Any) -> Path:
     config = {
         "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2000, "tie_word_embeddings": False,
+        "max_position_embeddings": 8192,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config | changed))
     return folder
@@ -115,6 +116,7 @@ def test_what_cannot_be_rehearsed_is_told(plain: dict[str, Any]) -> None:
     assert "--device: tpu is neither cpu nor cuda" in problems(device="tpu")
     assert "torch finds no GPU here" in problems(device="cuda")
     assert "train.kernels: liger, but there is no GPU" in problems(kernels="liger")
+    assert "sequence_parallel: 4 attention heads with 2 key-value heads" in problems(24, sequence_parallel=3)
     plain["model"]["path"] = str(write_config(Path(plain["model"]["path"]).parent / "large", vocab_size=200_000))
     assert "train.precision: bf16 takes a CPU hours" in problems(precision="bf16")
     with pytest.raises(BadInput, match="--steps: 0 is too few"):
