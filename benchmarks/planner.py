@@ -73,6 +73,12 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OFFLOAD = "ds_configs/zero3_offload.json"
+# ZeRO-3 with so small sizes that these models meet their limits as large ones meet those of zero3.json.
+FEW, FEW_LIVE = "deepspeed={folder}/few.json", {
+    "stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 100_000,
+    "reduce_bucket_size": 4_000_000, "stage3_prefetch_bucket_size": "auto", "stage3_max_live_parameters": 28_000_000,
+    "stage3_param_persistence_threshold": "auto", "stage3_max_reuse_distance": 4_000_000,
+}  # fmt: skip
 # model, ranks, tokens of a sequence, checkpointing, micro-batches a step, further keys; the first are those of --quick
 Row = tuple[str, int, int, str, int, tuple[str, ...]]
 CPU: list[Row] = [
@@ -81,6 +87,8 @@ CPU: list[Row] = [
     ("mixtral-60m", 64, 512, "none", 1, ()),
     ("gemma3-40m", 8, 512, "none", 1, ()),
     ("llama-40m", 512, 1024, "full", 2, ()),
+    ("llama-40m", 64, 1024, "full", 1, (FEW,)),
+    ("qwen3-30m", 8, 512, "none", 1, (FEW,)),
     ("llama-40m", 63, 512, "selective", 1, ()),
     ("llama-40m", 8, 512, "full", 1, (f"deepspeed={OFFLOAD}",)),
     ("llama-40m", 64, 1024, "full", 1, ("train.mlp_tiles=4",)),
@@ -151,6 +159,8 @@ def measure(row: Row, device: str) -> dict[str, Any]:
             "data": {"train": [f"{name}/none.jsonl"], "sequence_length": length},
             "train": {"steps": 1, "global_batch_size": world_size * micro_batches, "activation_checkpointing": mode},
         }  # fmt: skip
+        (Path(name) / "few.json").write_text(json.dumps({"zero_optimization": FEW_LIVE}))
+        overrides = tuple(one.format(folder=name) for one in overrides)
         try:
             steps = 3 if micro_batches == 1 else 2
             found = rehearse(parse_recipe(recipe, overrides), world_size, device, micro_batches, steps, count=True)

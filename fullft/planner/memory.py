@@ -215,6 +215,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         backward  head: as the loss, with the head's gradient and its copy in the reduction
                   layers: gathered weights and copy, all that layers keep, the last one at work, a matrix' gradient, a
                   bucket's copy
+                  first layers: what is gathered ahead goes beyond its limit by the embedding, which comes last
                   embedding: itself, its gradient and the bucket's copy
         update    temporaries of a sub-group
 
@@ -243,7 +244,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         "backward": settled
         + max(
             at_head + kept + around + of_head, in_layers + kept + busy + of_matrix + flush_in_layers,
-            ends + max(tied + of_head, flush),
+            ends + max(tied + of_head, flush, 0 if early else live + busy + of_matrix + flush_in_layers),
         ),
         "update": settled + update,
     }  # fmt: skip
@@ -334,7 +335,7 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
     At every module DeepSpeed gathers ahead, in the order that it has recorded, parameters of
     stage3_prefetch_bucket_size elements and at most the one that goes beyond, until there are
     stage3_max_live_parameters (partitioned_param_coordinator.fetch_sub_module, 0.19.8). So a model above that has that
-    many, and once more the largest; of one below, all is gathered in its first layers, and at its head are the head and
+    many; of one below, all is gathered in its first layers, and at its head are the head and
     the embedding, which comes next in the order. Parameters gathered together lie in a buffer until they are copied out
     of it.
     """
