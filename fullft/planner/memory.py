@@ -215,7 +215,6 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         backward  head: as the loss, with the head's gradient and its copy in the reduction
                   layers: gathered weights and copy, all that layers keep, the last one at work, a matrix' gradient, a
                   bucket's copy
-                  first layers: what is gathered ahead goes beyond its limit by the embedding, which comes last
                   embedding: itself, its gradient and the bucket's copy
         update    temporaries of a sub-group
 
@@ -233,7 +232,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
     busy = max(work, work - setting.tokens * size * 7 * _tiled(setting).mlp + attention)
     tied = ends if is_tied(setting) else 0  # autograd adds the embedding's
     early = live > at_head and live == size * facts.parameters  # all is gathered in the first layers
-    in_layers = tied + at_head if early else tied + live + copied
+    in_layers = tied + at_head + (0 if early else copied)
     flush_in_layers = 0 if setting.zero.get("reduce_bucket_size", 5 * 10**8) >= facts.parameters else flush
     started = settled - states["adamw_moments"]
     cut = 4 * (2 + (not setting.bf16 and device == "cpu")) * sub_group(setting)
@@ -244,7 +243,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
         "backward": settled
         + max(
             at_head + kept + around + of_head, in_layers + kept + busy + of_matrix + flush_in_layers,
-            ends + max(tied + of_head, flush, 0 if early else live + busy + of_matrix + flush_in_layers),
+            ends + max(tied + of_head, flush),
         ),
         "update": settled + update,
     }  # fmt: skip
@@ -335,9 +334,9 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
     At every module DeepSpeed gathers ahead, in the order that it has recorded, parameters of
     stage3_prefetch_bucket_size elements and at most the one that goes beyond, until there are
     stage3_max_live_parameters (partitioned_param_coordinator.fetch_sub_module, 0.19.8). So a model above that has that
-    many; of one below, all is gathered in its first layers, and at its head are the head and
-    the embedding, which comes next in the order. Parameters gathered together lie in a buffer until they are copied out
-    of it.
+    many; of one below, all is gathered in its first layers. What is there when its turn in backward is looked at is
+    passed over, so at the head are head and embedding, and what there was no room for. Parameters gathered together lie
+    in a buffer until they are copied out of it.
     """
     zero, facts, size = setting.zero, setting.facts, low(setting)
     bucket = zero.get("stage3_prefetch_bucket_size", 5 * 10**7)
@@ -347,12 +346,10 @@ def gathered(setting: Setting) -> tuple[int, int, int]:
     if not bucket:
         return size * facts.largest_parameter, size * facts.largest_parameter, 0
     copied = size * min(facts.parameters, bucket + largest_matrix(setting))
-    if facts.parameters <= limit:
-        layer, at_head = setting.layer, facts.vocabulary_parameters
-        if setting.mlp_tiles > 1:  # what is used several times in a row is kept for backward
-            at_head = facts.parameters - layer.layers * 2 * layer.hidden * (layer.queries + layer.keys)
-        return size * facts.parameters, size * at_head, copied
-    return size * min(facts.parameters, limit), size * limit, copied
+    layer, at_head = setting.layer, facts.vocabulary_parameters + max(0, facts.parameters - limit)
+    if setting.mlp_tiles > 1:  # what is used several times in a row is kept for backward
+        at_head = facts.parameters - layer.layers * 2 * layer.hidden * (layer.queries + layer.keys)
+    return size * min(facts.parameters, limit), size * min(at_head, limit), copied
 
 
 def kept_activations(setting: Setting, device: str = "cuda") -> int:
