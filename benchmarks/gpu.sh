@@ -8,7 +8,7 @@
 #
 # `python -m benchmarks.environment --carry`, where there is network, says how to fetch the packages.
 #
-# Parts: environment matmul tests whole_run account step kernels; step is step-SIZE for each of SIZES. One that fails or
+# Parts: environment matmul tests whole_run account planner step kernels; step is step-SIZE for each of SIZES. One that fails or
 # takes too long does not stop the next; what it has measured until then is kept. gpu.md is made anew after each, from
 # all parts that OUT has.
 #
@@ -75,6 +75,7 @@ run() {
         tests) part tests 300 env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
         account) part account 120 "$python" -m benchmarks.account "${quick[@]}" ;;
         whole_run) part whole_run 300 "$python" -m benchmarks.whole_run --size "${WHOLE_RUN_SIZE:-small}" ;;
+        planner) part planner 600 "$python" -m benchmarks.planner --seconds 480 "${quick[@]}" ;;
         step) for size in $(sizes); do run "step-$size"; done ;;
         step-*) part "$1" 600 "$python" -m benchmarks.step --quick --size "${1#step-}" --length "$length" \
             --trl-python "${TRL_PYTHON:-$python}" ;;
@@ -83,9 +84,9 @@ run() {
     esac
 }
 
-(($#)) || set -- environment matmul tests whole_run account step kernels
+(($#)) || set -- environment matmul tests whole_run account planner step kernels
 for name in "$@"; do
-    [[ " environment matmul tests whole_run account step kernels " == *" $name "* || $name == step-?* ]] && continue
+    [[ " environment matmul tests whole_run account planner step kernels " == *" $name "* || $name == step-?* ]] && continue
     echo "no part is named $name; see the beginning of $0" >&2
     exit 2
 done

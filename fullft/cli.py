@@ -17,7 +17,7 @@ from fullft.submit import NETWORKS
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
 
-_FLAGS = ("--resolved", "--sweep")  # the options of the verbs with overrides that may stand without a value
+_FLAGS = ("--resolved", "--sweep", "--json")  # the options of the verbs with overrides that may stand without a value
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -37,6 +37,19 @@ def _parser() -> argparse.ArgumentParser:
         "--world-size", type=int, default=1, metavar="N", help="ranks (GPUs) the run will have (default 1)"
     )
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
+
+    verb = verbs.add_parser(
+        "rehearse",
+        usage="fullft rehearse RECIPE.yaml --world-size N [--device cpu|cuda] [options] [key.path=value ...]",
+        help="run rank 0 of N for real on one device, and measure its memory and time beside the plan",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--world-size", type=int, required=True, metavar="N", help="ranks (GPUs) the run will have")
+    verb.add_argument("--device", default="cpu", help="cpu (default; fp32 unless the recipe says bf16) or cuda")
+    verb.add_argument("--micro-batches", type=int, metavar="M", help="of a step (default: 2 if it has several, else 1)")
+    verb.add_argument("--steps", type=int, default=3, metavar="S", help="the third is typical (default 3)")
+    verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="for hpZ (default 8)")
+    verb.add_argument("--json", action="store_true", help="print what was measured and planned as JSON")
 
     verb = verbs.add_parser(
         "prepare",
@@ -146,6 +159,8 @@ def main() -> int:
         match arguments.verb:
             case "check":
                 check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+            case "rehearse":
+                return rehearse(arguments, overrides)
             case "prepare":
                 prepare(arguments.recipe, overrides, arguments.workers)
             case "inspect":
@@ -167,7 +182,7 @@ def main() -> int:
     except BadInput as error:
         done = {
             "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
-            "submit": "submitted",
+            "submit": "submitted", "rehearse": "rehearsed",
         }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
@@ -184,7 +199,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
-    if verb not in ("check", "prepare", "inspect", "eval", "blend", "submit"):
+    if verb not in ("check", "rehearse", "prepare", "inspect", "eval", "blend", "submit"):
         return words, []
     rest, overrides, before = list[str](), list[str](), ""
     for word in words:
@@ -226,6 +241,25 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     for warning in inputs.warnings:
         print(f"warning  {warning}")
     print("ok")
+
+
+def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Measure rank 0 of N; a rehearsal that does not fit, or fails, is told with exit code 1."""
+    recipe = load_recipe(arguments.recipe, overrides)
+    import json
+
+    from fullft import rehearsal
+
+    try:
+        found = rehearsal.rehearse(
+            recipe, arguments.world_size, arguments.device, arguments.micro_batches, arguments.steps,
+            arguments.gpus_per_node,
+        )  # fmt: skip
+    except RuntimeError as error:
+        print(f"fullft: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    print(json.dumps(found, indent=1) if arguments.json else rehearsal.table(found))
+    return EXIT_DONE
 
 
 def prepare(path: str, overrides: list[str], workers: int | None) -> None:

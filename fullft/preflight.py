@@ -83,11 +83,11 @@ def preflight(
     if meta is not None:
         problems += model.weights_of(recipe, meta, config or {"zero_optimization": {}}).problems
     if meta is not None and tokenizer is not None:
-        problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
+        problems += _vocabulary_problems(meta, tokenizer) + length_problems(recipe, meta)
         attempt(rehearse, meta, tokenizer)
     attention = attempt(model.attention_of, recipe.model) if meta is not None else None
     if attention is not None:
-        problems += _parallel_problems(recipe, attention)
+        problems += parallel_problems(recipe, attention)
     if meta is not None and recipe.train.mlp_tiles > 1:
         attempt(require_tileable, meta)
         tokens = recipe.train.micro_batch_size * recipe.data.sequence_length // recipe.train.sequence_parallel
@@ -262,7 +262,7 @@ def _prompt_problems(suite: Suite, meta: PreTrainedModel) -> list[str]:
     return problems
 
 
-def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
+def length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
     longest = max_positions(meta)
     if longest is None or recipe.data.sequence_length <= longest:
         return []
@@ -272,7 +272,7 @@ def _length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
     ]
 
 
-def _parallel_problems(recipe: Recipe, attention: model.Attention) -> list[str]:
+def parallel_problems(recipe: Recipe, attention: model.Attention) -> list[str]:
     ranks, problems, key = recipe.train.sequence_parallel, [], "train.sequence_parallel"
     if ranks == 1:
         return []
@@ -361,7 +361,7 @@ def preflight_evaluation(recipe: Recipe, world_size: int) -> Measured:
     tokenizer = attempt(load_tokenizer, recipe.model)
     meta = attempt(model.on_meta, recipe.model, tokenizer) if tokenizer is not None else None
     if meta is not None and tokenizer is not None:
-        problems += _vocabulary_problems(meta, tokenizer) + _length_problems(recipe, meta)
+        problems += _vocabulary_problems(meta, tokenizer) + length_problems(recipe, meta)
     if problems or config is None or meta is None or tokenizer is None:
         raise BadInput(problems)
     config = engine.for_evaluation(config)
