@@ -11,7 +11,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fullft import model
-from fullft.planner.memory import GIB, activation_bytes, disk, gpu_memory, gpu_states, host_memory, layer_of
+from fullft.planner.memory import (
+    GIB,
+    activation_bytes,
+    disk,
+    gpu_memory,
+    gpu_states,
+    host_memory,
+    kept_activations,
+    layer_at_work,
+    layer_of,
+)  # fmt: skip
 from fullft.planner.setting import Setting, setting_of
 from fullft.recipe import parse_recipe
 
@@ -119,16 +129,12 @@ def test_what_takes_memory_and_what_spares_it(of_8b: tuple[dict[str, Any], Any])
     assert peaks[0] > 49 * GIB > 16 * GIB > peaks[3]
     full = gpu_memory(setting(of_8b))
     shared = gpu_memory(setting(of_8b, "train.sequence_parallel=8"))
-    assert shared.components["activations"] == full.components["activations"] // 8
-    assert shared.components["layer_at_work"] == full.components["layer_at_work"] // 8
-    assert shared.components["nccl"] > full.components["nccl"]
-    tiled = gpu_memory(setting(of_8b, "train.mlp_tiles=8"))
-    assert tiled.components["layer_at_work"] < full.components["layer_at_work"] // 2
+    for part in (kept_activations, layer_at_work):
+        assert part(setting(of_8b, "train.sequence_parallel=8")) == part(setting(of_8b)) // 8
+    assert shared.outside["nccl"] > full.outside["nccl"]
+    assert layer_at_work(setting(of_8b, "train.mlp_tiles=8")) < layer_at_work(setting(of_8b)) // 2
     liger = gpu_memory(setting(of_8b, checkpointing="none", kernels="liger"))
     assert 0.7 * peaks[0] < liger.held_by_torch < 0.85 * peaks[0]
-    longer = gpu_memory(setting(of_8b, "data.sequence_length=16384"))
-    assert longer.components["activations"] == 2 * full.components["activations"]
-    assert full.peak == full.held_by_torch + sum(
-        full.components[name] for name in ("allocator_slack", "context", "nccl")
-    )
-    assert gpu_memory(setting(of_8b, world_size=1)).components["nccl"] == 0
+    assert kept_activations(setting(of_8b, "data.sequence_length=16384")) == 2 * kept_activations(setting(of_8b))
+    assert full.peak == full.held_by_torch + sum(full.outside.values()) == sum(full.components.values())
+    assert gpu_memory(setting(of_8b, world_size=1)).outside["nccl"] == 0

@@ -185,21 +185,35 @@ def choose_checkpointing(
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU, bytes: what each component takes at its most, and what is there together in each phase of a run
-    (loading, forward, backward, update), as torch's allocator counts it; CONTEXT, NCCL and SLACK are outside of it."""
+    """Of one GPU, bytes, by component: `parts` are what is there together at the worst moment of each phase (loading,
+    forward, backward, update), as torch's allocator counts it; `outside` of it are SLACK, CONTEXT and NCCL."""
 
-    components: dict[str, int]
-    phases: dict[str, int]
+    parts: dict[str, dict[str, int]]
+    outside: dict[str, int]
+
+    @property
+    def phases(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.parts.items()}
+
+    @property
+    def worst(self) -> str:
+        """The phase that needs the most."""
+        return max(self.phases, key=self.phases.__getitem__)
+
+    @property
+    def components(self) -> dict[str, int]:
+        """At the worst moment of the run."""
+        return {name: size for name, size in (self.parts[self.worst] | self.outside).items() if size}
 
     @property
     def held_by_torch(self) -> int:
         """What torch.cuda.max_memory_allocated would show after two steps."""
-        return max(self.phases.values())
+        return self.phases[self.worst]
 
     @property
     def peak(self) -> int:
         """What the GPU must have."""
-        return self.held_by_torch + sum(self.components[one] for one in (SLACK, CONTEXT, NCCL))
+        return self.held_by_torch + sum(self.outside.values())
 
 
 SLACK, CONTEXT, NCCL = "allocator_slack", "context", "nccl"
@@ -222,7 +236,7 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
     has it, which computes in other blocks.
     """
     states, facts, size = gpu_states(setting), setting.facts, low(setting)
-    settled, ends = sum(states.values()), size * facts.vocabulary_size * facts.hidden_size
+    ends = size * facts.vocabulary_size * facts.hidden_size
     live, at_head, copied = gathered(setting)
     kept, around = kept_activations(setting, device), setting.tokens * (12 if size == 2 else 16) * facts.hidden_size
     work, attention = layer_at_work(setting, device), attention_workspace(setting, device)
@@ -234,30 +248,37 @@ def gpu_memory(setting: Setting, device: str = "cuda") -> Memory:
     early = live > at_head and live == size * facts.parameters  # all is gathered in the first layers
     in_layers = tied + at_head + (0 if early else copied)
     flush_in_layers = 0 if setting.zero.get("reduce_bucket_size", 5 * 10**8) >= facts.parameters else flush
-    started = settled - states["adamw_moments"]
     cut = 4 * (2 + (not setting.bf16 and device == "cpu")) * sub_group(setting)
-    phases = {
-        "loading": started + max(cut - states["reduce_bucket"] - states["gradients"], size * facts.largest_parameter),
-        "forward": settled
-        + max(live + copied + (0 if early else kept) + forward_workspace(setting), at_head + kept + around + loss),
-        "backward": settled
-        + max(
-            at_head + kept + around + of_head, in_layers + kept + busy + of_matrix + flush_in_layers,
-            ends + max(tied + of_head, flush),
-        ),
-        "update": settled + update,
+    activations = {"activations": kept + around}
+    moments: dict[str, list[dict[str, int]]] = {  # beside the states
+        "loading": [
+            {"update_temporaries": cut - states["reduce_bucket"] - states["gradients"]},
+            {"gathered_weights": size * facts.largest_parameter},
+        ],
+        "forward": [
+            {
+                "gathered_weights": live + copied, "activations": 0 if early else kept,
+                "layer_at_work": forward_workspace(setting),
+            },
+            activations | {"gathered_weights": at_head, "loss_workspace": loss},
+        ],
+        "backward": [
+            activations | {"gathered_weights": at_head, "gradients_in_flight": of_head},
+            {
+                "gathered_weights": in_layers - tied, "activations": kept, "layer_at_work": work,
+                "attention_workspace": busy - work, "gradients_in_flight": tied + of_matrix + flush_in_layers,
+            },
+            {"gathered_weights": ends, "gradients_in_flight": max(tied + of_head, flush)},
+        ],
+        "update": [{"update_temporaries": update}],
     }  # fmt: skip
-    components = states | {
-        "gathered_and_prefetched": max(live + copied, at_head), "activations": kept + around,
-        "gradients_in_flight": tied + max(of_head, of_matrix + flush), "layer_at_work": work,
-        "attention_workspace": attention, "loss_workspace": loss, "update_temporaries": update,
-    }  # fmt: skip
-    on_gpu = device == "cuda"
-    components |= {
-        SLACK: int(_SLACK * max(phases.values())) if on_gpu else 0, CONTEXT: _CONTEXT if on_gpu else 0,
-        NCCL: nccl_buffers(setting) if on_gpu else 0,
-    }  # fmt: skip
-    return Memory(components, phases)
+    lasting = {phase: states if phase != "loading" else states | {"adamw_moments": 0} for phase in moments}
+    worst = {phase: lasting[phase] | max(parts, key=lambda one: sum(one.values())) for phase, parts in moments.items()}
+    held = max(sum(parts.values()) for parts in worst.values())
+    outside = dict.fromkeys((SLACK, CONTEXT, NCCL), 0)
+    if device == "cuda":
+        outside = {SLACK: int(_SLACK * held), CONTEXT: _CONTEXT, NCCL: nccl_buffers(setting)}
+    return Memory(worst, outside)
 
 
 def low(setting: Setting) -> int:
