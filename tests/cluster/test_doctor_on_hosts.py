@@ -39,8 +39,9 @@ def doctor(ssh: ssh_hosts.SshHosts, folder: Path, names: str, *arguments: str) -
 
 def told(found: dict[str, Any], words: str) -> dict[str, Any]:
     """The one finding with these words."""
-    (one,) = [one for one in found["findings"] if words in one["what"]] or [found["findings"]]
-    return dict(one)
+    matching = [one for one in found["findings"] if words in one["what"]]
+    assert len(matching) == 1, found["findings"]
+    return dict(matching[0])
 
 
 def test_hosts_that_are_fine_are_and_those_that_are_not_are_named(
