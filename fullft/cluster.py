@@ -237,6 +237,24 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
         raise RuntimeError(f"process group has {joined} ranks, expected {cluster.world_size}")
 
 
+def require_same_code() -> None:
+    """Every rank must run the same code of fullft and the same packages. All ranks together, right after `join`.
+
+    Raises:
+        BadInput: on all ranks, with the hosts that differ.
+    """
+    import torch.distributed as dist
+
+    from fullft.doctor import findings, host
+
+    mine = {"host": socket.gethostname(), "versions": host.versions(), "code": host.code()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    seen = findings.Examined(list({one["host"]: one for one in everyone[::-1]}.values())[::-1])
+    if found := [*findings.versions(seen), *findings.code(seen)]:
+        raise BadInput([f"{', '.join(one.hosts)}: {one.what}; {one.mend}" for one in found])
+
+
 def leave() -> None:
     """Close the process group, if there is one."""
     import torch.distributed as dist

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import Ranks
 
 from fullft.doctor import host
 from fullft.doctor.examine import deepspeed_environment, read_hostfile
@@ -112,6 +113,22 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     sent = deepspeed_environment()
     assert (sent["A"], sent["D"], sent["NCCL_DEBUG"]) == ("b c", "e=f", "INFO")
+
+
+OTHER_CODE = """
+import os, socket
+from fullft.doctor import host
+if os.environ["RANK"] == "1":
+    socket.gethostname = lambda: "node-b"
+    host.code = lambda: {"digest": "0123", "folder": "/old/fullft"}
+"""
+
+
+@pytest.mark.ranks
+def test_ranks_with_another_code_are_refused_once_they_meet(recipe: dict[str, Any]) -> None:
+    with Ranks(recipe, 2, OTHER_CODE) as ranks:
+        assert ranks.codes(100) == [2, 2], ranks.output
+        assert "  - node-b: another code of fullft" in ranks.output
 
 
 def test_files_of_one_size_are_told_apart(tmp_path: Path) -> None:
