@@ -52,6 +52,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print what was measured and planned as JSON")
 
     verb = verbs.add_parser(
+        "doctor",
+        usage="[LAUNCHER] fullft doctor [RECIPE.yaml] [--hostfile HOSTS] [--json] [key.path=value ...]",
+        help="examine the machines of a run: versions, code, data, GPUs, network, disks; what is wrong, how to mend it",
+    )
+    verb.add_argument("recipe", nargs="?", help="recipe.yaml, for its data, model and run folder")
+    verb.add_argument("--hostfile", type=Path, metavar="HOSTS", help="examine these hosts by ssh: `NAME slots=GPUS`")
+    verb.add_argument("--network-gbps", type=float, metavar="G", help="what a host's network should carry, Gbit/s")
+    verb.add_argument("--json", action="store_true", help="print all facts and findings as JSON")
+
+    verb = verbs.add_parser(
         "prepare",
         usage="[mpirun -np N] fullft prepare RECIPE.yaml [key.path=value ...] [--workers N]",
         help="tokenize and pack the training data before GPUs are asked for; under mpirun on all its hosts",
@@ -161,6 +171,8 @@ def main() -> int:
                 check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
             case "rehearse":
                 return rehearse(arguments, overrides)
+            case "doctor":
+                examine(arguments, overrides)
             case "prepare":
                 prepare(arguments.recipe, overrides, arguments.workers)
             case "inspect":
@@ -182,7 +194,7 @@ def main() -> int:
     except BadInput as error:
         done = {
             "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
-            "submit": "submitted", "rehearse": "rehearsed",
+            "submit": "submitted", "rehearse": "rehearsed", "doctor": "examined",
         }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
@@ -199,7 +211,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
-    if verb not in ("check", "rehearse", "prepare", "inspect", "eval", "blend", "submit"):
+    if verb not in ("check", "rehearse", "doctor", "prepare", "inspect", "eval", "blend", "submit"):
         return words, []
     rest, overrides, before = list[str](), list[str](), ""
     for word in words:
@@ -260,6 +272,23 @@ def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
         return EXIT_FAILED
     print(json.dumps(found, indent=1) if arguments.json else rehearsal.table(found))
     return EXIT_DONE
+
+
+def examine(arguments: argparse.Namespace, overrides: list[str]) -> NoReturn:
+    """This host, those of a hostfile, or those of all ranks, if this was started on several."""
+    from fullft import cluster
+    from fullft.doctor.examine import doctor
+
+    if overrides and not arguments.recipe:
+        raise BadInput(f"{', '.join(overrides)}: of use with a recipe only")
+    me = cluster.discover()
+    try:
+        code = doctor(
+            me, arguments.recipe, overrides, arguments.hostfile, arguments.network_gbps, arguments.json
+        )  # fmt: skip
+    except BadInput as error:
+        cluster.exit_bad_input(error, me, "nothing was examined")
+    cluster.exit_now(code)
 
 
 def prepare(path: str, overrides: list[str], workers: int | None) -> None:

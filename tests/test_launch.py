@@ -370,6 +370,16 @@ def test_sigterm_to_the_process_group_ends_a_run_under_deepspeed(recipe: dict[st
 
 
 @pytest.mark.ranks
+def test_ranks_whose_deepspeed_was_killed_save_and_end(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *deepspeed_here())
+    assert run.launcher
+    run.launcher.kill()  # not even its process for this host is told
+    run.launcher.wait(10)
+    run.assert_nothing_left(seconds=90)
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.ranks
 def test_mpirun_passes_sigusr1_on(mpirun: tuple[str, ...], recipe: dict[str, Any], run: Run) -> None:
     start_long(recipe, run, *mpirun, "-n", "2", sys.executable)
     assert run.launcher
