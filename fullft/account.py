@@ -63,7 +63,7 @@ class Account:
         self._depth, self._began = 0, None  # of waits in each other, and the begin of the outermost
         self._seconds: dict[str, float] = {}
         self.forget()
-        self.why_no_waits = self._listen(engine)  # a line for the log; empty if waits are measured
+        self.why_no_waits = self.listen(engine)  # a line for the log; empty if waits are measured
 
     def forget(self) -> None:
         """Begin anew here: what was since the last row is in none."""
@@ -169,17 +169,20 @@ class Account:
             elif self._on_gpu:
                 self._spare_events.append(self._began)
 
-    def _listen(self, engine: Any) -> str:
-        """Have DeepSpeed tell when the computation waits for it. Returns why it does not."""
+    def listen(self, engine: Any, trains: bool = True) -> str:
+        """Have DeepSpeed tell when the computation waits for this engine, which may be one without optimizer that runs
+        beside (`trains`: False). Returns why it does not."""
         optimizer = engine.optimizer
-        coordinator = getattr(getattr(optimizer, "parameter_offload", None), "param_coordinator", None)
-        lacking = [name for name in _REDUCTIONS if not hasattr(optimizer, name)]
+        offload = getattr(optimizer, "parameter_offload", None) if trains else optimizer
+        coordinator = getattr(offload, "param_coordinator", None)
+        reductions = _REDUCTIONS if trains else ()
+        lacking = [name for name in reductions if not hasattr(optimizer, name)]
         lacking += [] if hasattr(coordinator, _PROFILER) else [_PROFILER]
         if lacking:
             names = " and ".join(lacking)
             return f"time/communication_seconds is not measured but in the other parts: DeepSpeed has no {names} here"
         setattr(coordinator, _PROFILER, _Listener(self._begin_wait, self._end_wait))
-        for name in _REDUCTIONS:
+        for name in reductions:
             setattr(optimizer, name, self._as_wait(getattr(optimizer, name)))
         return ""
 

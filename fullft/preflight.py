@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import shutil
 from dataclasses import dataclass
@@ -106,6 +107,9 @@ def preflight(
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
     problems += (_disk_problems(recipe, planned) if room else []) + _memory_problems(planned)
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpus)
+    lacking = _lacks_of_attention(recipe, gpus)
+    elsewhere = gpus and not torch.cuda.is_available()  # a login node: other packages may be where it is trained
+    problems += [] if elsewhere else lacking
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
@@ -142,7 +146,7 @@ def preflight(
     refused, slow = too_long(recipe, suite.tasks, trained, *sizes)
     if refused:
         raise BadInput(refused)
-    warnings = told + unlikely(recipe, total, batches) + slow + seldom
+    warnings = told + (lacking if elsewhere else []) + unlikely(recipe, total, batches) + slow + seldom
     if "may run out of memory" in (why := planned["activation_checkpointing_why"]):
         warnings.append(f"train.activation_checkpointing: {why}; more GPUs, a smaller micro-batch, or offloading")
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
@@ -270,6 +274,15 @@ def length_problems(recipe: Recipe, meta: PreTrainedModel) -> list[str]:
         f"data.sequence_length: {recipe.data.sequence_length} is above the model's max_position_embeddings, "
         f"{longest}; lower it, or extend the model's context in its config first"
     ]
+
+
+def _lacks_of_attention(recipe: Recipe, gpus: bool) -> list[str]:
+    asked = recipe.model.attention
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(asked)
+    if package is None or (gpus and importlib.util.find_spec(package) is not None):
+        return []
+    why = f"its package, {package}, is not installed here" if gpus else "there is no GPU"
+    return [f"model.attention: {asked}, but {why}; take auto"]
 
 
 def parallel_problems(recipe: Recipe, attention: model.Attention) -> list[str]:

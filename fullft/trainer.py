@@ -88,6 +88,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
     flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
     recomputes = inputs.plan["activation_checkpointing"] in ("full", "offload")
     account = Account(engine, flops, peak, recomputes, profile.phase)
+    if isinstance(kl_of_replay, ReferenceDivergence):
+        account.listen(kl_of_replay.engine, trains=False)
     for lacking in filter(None, (unknown, account.why_no_waits)):
         tracker.say(lacking)
 

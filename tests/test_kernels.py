@@ -41,6 +41,12 @@ def test_kernels_that_cannot_be_had(recipe: dict[str, Any]) -> None:
     with pytest.raises(BadInput, match=r"train\.kernels: liger, but there is no GPU; take auto or none"):
         preflight(parse_recipe(recipe), 1)
     recipe["train"]["kernels"] = "none"
+    recipe["model"]["attention"] = "flash_attention_3"
+    with pytest.raises(BadInput, match=r"model\.attention: flash_attention_3, but there is no GPU; take auto"):
+        preflight(parse_recipe(recipe), 1)
+    lacking = "model.attention: flash_attention_3, but its package, flash_attn_interface, is not installed here; take"
+    assert lacking in preflight(parse_recipe(recipe), 1, on_gpu=True).warnings[0]  # it may be where it is trained
+    recipe["model"]["attention"] = "auto"
     assert choose(parse_recipe(recipe), llama, on_gpu=True)[0] == "none"
     recipe["train"]["kernels"] = "auto"
     other, gelu = AlbertConfig(), LlamaConfig(hidden_act="gelu")

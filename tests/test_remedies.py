@@ -7,14 +7,13 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, Launch, losses, metrics, torchrun, write_jsonl, write_recipe
+from conftest import TEXTS, Launch, losses, metrics, run_ranks, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -274,8 +273,7 @@ def test_the_average_is_put_in_and_out_again_bit_for_bit(recipe: dict[str, Any],
     recipe["train"] |= {"ema_decay": 0.5, "l2_pull": 1.0}
     recipe["model"] |= {"new_tokens": ["<|call|>"], "vocabulary_multiple": 64}
     config = str(write_recipe(recipe, tmp_path / "recipe.yaml"))
-    command = [*torchrun(2), str(Path(__file__).parent / "averaged_weights.py"), config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    done = run_ranks(Path(__file__).parent / "averaged_weights.py", config, ranks=2, cwd=tmp_path)
     assert done.stdout.count("new rows are left alone") == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("bit for bit") == 2, done.stdout[-2000:] + done.stderr[-4000:]
 

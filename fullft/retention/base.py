@@ -96,7 +96,7 @@ class ReferenceDivergence:
     """KL(base || model) on the rows of the replay sets, from the base model run beside, in shards of its own."""
 
     def __init__(self, engine: Any) -> None:
-        self._head = Head(engine)
+        self.engine, self._head = engine, Head(engine)
 
     def __call__(self, batch: Batch) -> AbstractContextManager[Divergence | None]:
         """As of `ReplayDivergence`. All ranks together; the base is run where a rank has replay rows."""
