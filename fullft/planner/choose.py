@@ -31,7 +31,9 @@ def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
         "--nodes": asked.nodes, "--gpus-per-node": asked.gpus_per_node, "--tokens": asked.tokens,
         "--price-per-gpu-hour": asked.price_per_gpu_hour,
     }  # fmt: skip
-    if wrong := [f"{name}: {value} must be above 0" for name, value in numbers.items() if value is not None and not value > 0]:
+    if wrong := [
+        f"{name}: {value} must be above 0" for name, value in numbers.items() if value is not None and not value > 0
+    ]:
         raise BadInput(wrong)
     device, world_size = gpu(asked.gpu, asked.hardware), asked.nodes * asked.gpus_per_node
     meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)

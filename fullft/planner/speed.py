@@ -103,10 +103,10 @@ def operations(setting: Setting, document: int | None = None) -> tuple[float, fl
 def traffic(setting: Setting) -> dict[str, Traffic]:
     """Bytes that a GPU receives for a micro-batch. With n nodes of g GPUs and M bytes of parameters:
 
-        gather, reduce   link M · (g - 1) / g; network M · (n - 1) / n for a node, shared by the cards of its g GPUs
-        hpZ              the gather of backward stays in the node; quantized weights 1/2, gradients 1/4 of bf16's
-        all-to-all       Ulysses: 4 in forward (q, k, v, result), as many in backward and in recomputation, of each
-                         (s - 1) / s of low-precision [tokens, heads · width] (Jacobs et al. 2023)
+    gather, reduce   link M · (g - 1) / g; network M · (n - 1) / n for a node, shared by the cards of its g GPUs
+    hpZ              the gather of backward stays in the node; quantized weights 1/2, gradients 1/4 of bf16's
+    all-to-all       Ulysses: 4 in forward (q, k, v, result), as many in backward and in recomputation, of each
+                     (s - 1) / s of low-precision [tokens, heads · width] (Jacobs et al. 2023)
     """
     zero, size = setting.zero, memory.low(setting)
     in_node = min(setting.gpus_per_node, setting.world_size)
@@ -133,7 +133,8 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
 
 
 def latency(setting: Setting) -> float:
-    """Seconds of a micro-batch: two gathers and a reduction for each layer, embedding and head, each `LATENCY` · log2(ranks)."""
+    """Seconds of a micro-batch: two gathers and a reduction for each layer, embedding and head, each of
+    `LATENCY` · log2(ranks)."""
     return 3 * (setting.facts.layers + 2) * LATENCY * math.log2(max(setting.world_size, 1))
 
 
