@@ -95,19 +95,25 @@ def test_names_of_gpus_and_files_of_more(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 2
 
 
-def test_the_verb(plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb(
+    plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*words: str) -> int:
+        monkeypatch.setattr("sys.argv", ["fullft", *words])
+        return cli.main()
+
     recipe = str(write_recipe(plain, tmp_path / "recipe.yaml"))
     enough = ["plan", recipe, "--nodes", "2", "--tokens", "1e9", "--price-per-gpu-hour", "2.5"]
-    assert cli.main([*enough, "train.activation_checkpointing=auto"]) == 0
+    assert run(*enough, "train.activation_checkpointing=auto") == 0
     said = capsys.readouterr().out
     assert said.startswith("fits: ")
     assert "GPU-hours, cost" in said
-    assert cli.main(["plan", recipe, "--gpus-per-node", "4", "--gpu", "a100-40gb", "--json"]) == 1
+    assert run("plan", recipe, "--gpus-per-node", "4", "--gpu", "a100-40gb", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     rates = [one["tokens_per_second_per_gpu"] for one in found["would_fit"]]
     assert 0 < len(rates) <= 3
     assert rates == sorted(rates, reverse=True)
-    assert cli.main(["plan", recipe, "--gpu", "h1000"]) == 2
-    assert cli.main(["plan", recipe, "--nodes", "0"]) == 2
-    assert cli.main(["plan", recipe, "--efficiency", "2"]) == 2
+    assert run("plan", recipe, "--gpu", "h1000") == 2
+    assert run("plan", recipe, "--nodes", "0") == 2
+    assert run("plan", recipe, "--efficiency", "2") == 2
     assert "no such GPU" in capsys.readouterr().err
