@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 from fullft.recipe import Recipe, load_recipe
@@ -37,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
         "--world-size", type=int, default=1, metavar="N", help="ranks (GPUs) the run will have (default 1)"
     )
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
+
+    _plan_parser(verbs)
 
     verb = verbs.add_parser(
         "rehearse",
@@ -169,6 +171,8 @@ def main() -> int:
         match arguments.verb:
             case "check":
                 check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+            case "plan":
+                return plan(arguments, overrides)
             case "rehearse":
                 return rehearse(arguments, overrides)
             case "doctor":
@@ -194,7 +198,7 @@ def main() -> int:
     except BadInput as error:
         done = {
             "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
-            "submit": "submitted", "rehearse": "rehearsed", "doctor": "examined",
+            "submit": "submitted", "rehearse": "rehearsed", "doctor": "examined", "plan": "planned",
         }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
@@ -205,13 +209,31 @@ def main() -> int:
     return EXIT_DONE
 
 
+def _plan_parser(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "plan",
+        usage="fullft plan RECIPE.yaml --nodes N --gpus-per-node G --gpu NAME [options] [key.path=value ...]",
+        help="whether a run fits, what a step takes and what a run costs, from the model's config alone",
+    )
+    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
+    verb.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="default h100-80gb")
+    verb.add_argument("--hardware", metavar="FILE", help="YAML with more GPUs, as fullft/planner/hardware.yaml")
+    verb.add_argument("--network-gbps", type=float, metavar="X", help="Gb/s for each GPU, in place of the table's")
+    verb.add_argument("--efficiency", type=float, metavar="X", help="share of the best matmul (default 0.62)")
+    verb.add_argument("--tokens", type=float, metavar="X", help="that are trained on, for hours and cost")
+    verb.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="for the cost")
+    verb.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(words for argparse, overrides `key.path=value`), which may stand anywhere, as argparse cannot do behind a verb.
 
     A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
-    if verb not in ("check", "rehearse", "doctor", "prepare", "inspect", "eval", "blend", "submit"):
+    if verb not in ("check", "plan", "rehearse", "doctor", "prepare", "inspect", "eval", "blend", "submit"):
         return words, []
     rest, overrides, before = list[str](), list[str](), ""
     for word in words:
@@ -253,6 +275,17 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     for warning in inputs.warnings:
         print(f"warning  {warning}")
     print("ok")
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the plan; a run that does not fit is told with exit code 1."""
+    import json
+
+    from fullft.planner import choose
+
+    found = choose.plan(load_recipe(arguments.recipe, overrides), arguments)
+    print(json.dumps(found, indent=1) if arguments.json else choose.table(found))
+    return EXIT_DONE if found["fits"] else EXIT_FAILED
 
 
 def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
