@@ -30,7 +30,7 @@ def main() -> None:
     text = "\n".join([
         "Predicted tokens/s per H100-80GB, a row of 8192 tokens, full checkpointing (`python -m benchmarks.scaling`).",
         "\\* communication is longer than computation and hides no more; † does not fit by the plan.",
-        "At hundreds of GPUs it is an optimist: congestion, stragglers and the bandwidth of small messages are not in it.",
+        "Optimistic at hundreds of GPUs: congestion, stragglers and the bandwidth of small messages are not in it.",
         "", *lines,
     ])  # fmt: skip
     (Path(__file__).parent / "results" / "scaling.md").write_text(text + "\n")
