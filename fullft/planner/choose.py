@@ -1,130 +1,199 @@
-"""`fullft plan`: whether a recipe fits the GPUs it is to have, how fast it is there, and what would make it fit."""
+"""What `auto` comes to on given GPUs, what would make a run fit that does not, and the clusters that are enough: the
+fastest setting that fits, by the memory of `memory` and the time of `speed`."""
 
 from __future__ import annotations
 
 import itertools
-from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from fullft.errors import BadInput
 from fullft.planner import memory, speed
-from fullft.planner.hardware import Gpu, gpu
+from fullft.planner.hardware import Gpu
+from fullft.planner.memory import GIB
 from fullft.planner.setting import Setting, setting_of
 from fullft.recipe import Recipe
 
-MODES = ("none", "selective", "full")
-GIB = 2**30
+_MOST_SEQUENCES = 64  # of a micro-batch that `auto` looks at
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # GPUs of the clusters that are searched
 
 
-def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
-    """What `fullft plan --json` prints; bytes, seconds, and operations as in `speed.py`. `asked`: its options.
-
-    Raises:
-        BadInput: with what is wrong in options, recipe or model.
-    """
-    from fullft import kernels, model
-    from fullft.tokenizer import load_tokenizer
-
-    numbers = {
-        "--nodes": asked.nodes, "--gpus-per-node": asked.gpus_per_node, "--tokens": asked.tokens,
-        "--price-per-gpu-hour": asked.price_per_gpu_hour,
-    }  # fmt: skip
-    if wrong := [
-        f"{name}: {value} must be above 0" for name, value in numbers.items() if value is not None and not value > 0
-    ]:
-        raise BadInput(wrong)
-    device, world_size = gpu(asked.gpu, asked.hardware), asked.nodes * asked.gpus_per_node
-    meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)
-    bf16 = recipe.train.precision != "fp32"
-    chosen = kernels.choose(recipe, meta.config, False)[0]  # what is fused takes less
-    setting = setting_of(recipe, meta, world_size, asked.gpus_per_node, bf16=bf16, kernels=chosen)
-    options = {"network_gbps": asked.network_gbps, "efficiency": asked.efficiency or speed.EFFICIENCY}
-    if asked.efficiency == 0:
-        options["efficiency"] = 0.0  # is refused
-    setting = choose_checkpointing(setting, device)
-    predicted, needed = speed.predict(setting, device, **options), memory.gpu_memory(setting)
-    fits_now = fits(setting, device)
-    money = None if asked.tokens is None else speed.cost(asked.tokens, predicted, world_size, asked.price_per_gpu_hour)
-    return {
-        "fits": fits_now, "gpu": device.name, "gpus": world_size, "activation_checkpointing": setting.checkpointing,
-        "micro_batch_size": setting.micro_batch_size, "available": int(device.memory_gib * GIB), "peak": needed.peak,
-        "components": needed.components, "phases": needed.phases, "host": memory.host_memory(setting),
-        "speed": asdict(predicted), "run": money, "assumed": setting.layer.assumed,
-        "would_fit": [] if fits_now else cheapest_changes(setting, device, options),
-    }  # fmt: skip
-
-
-def fits(setting: Setting, device: Gpu) -> bool:
+def fits(setting: Setting, gpu: Gpu) -> bool:
     """In the memory of the GPU; that of the host is told, not judged."""
-    return memory.gpu_memory(setting).peak <= device.memory_gib * GIB
+    return memory.gpu_memory(setting).peak <= gpu.memory_gib * GIB
 
 
-def choose_checkpointing(setting: Setting, device: Gpu) -> Setting:
-    """With `auto`, the mode that repeats least of those that fit; `full` if none does."""
-    if setting.checkpointing != "auto":
-        return setting
-    modes = [replace(setting, checkpointing=mode) for mode in MODES]
-    return next((one for one in modes if fits(one, device)), modes[-1])
+def seconds_of_token(setting: Setting, gpu: Gpu, **options: Any) -> float:
+    """GPU-seconds of a token; of an architecture whose operations are not known, in proportion to what checkpointing
+    repeats and how often weights are gathered."""
+    if setting.flops is not None:
+        return 1 / speed.predict(setting, gpu, **options).tokens_per_second_per_gpu
+    repeated = {"none": 3.0, "selective": 3.5, "full": 4.0, "offload": 4.1}[setting.checkpointing]
+    return repeated + 1e-3 * setting.accumulation
 
 
-def cheapest_changes(setting: Setting, device: Gpu, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The three sets of changes, of those that fit, with the most tokens/s per GPU; none that has another in it."""
-    found = list[dict[str, Any]]()
-    fitting = [(names, one) for names, one in _changed(setting) if names and fits(one, device)]
-    least = [(names, one) for names, one in fitting if not any(set(other) < set(names) for other, _ in fitting)]
-    for names, one in least:
-        rate = speed.predict(one, device, **options).tokens_per_second_per_gpu
-        found.append({"change": " and ".join(names), "tokens_per_second_per_gpu": rate})
-    return sorted(found, key=lambda one: -one["tokens_per_second_per_gpu"])[:3]
+def choose(
+    setting: Setting, gpu: Gpu | None, auto_micro_batch: bool, able: bool = True, **options: Any
+) -> tuple[Setting, dict[str, str]]:
+    """The fastest setting that fits, of those that the recipe leaves open by `auto`; the least if none fits.
+
+    Args:
+        gpu: None on CPUs, where one sequence is a micro-batch and all activations are kept.
+        auto_micro_batch: whether train.micro_batch_size is auto; `setting` has any that the batch allows.
+        able: whether the architecture can compute layers again.
+        options: of `speed.predict`.
+
+    Returns:
+        the setting, and for each key that was `auto` why
+    """
+    modes = [setting.checkpointing]
+    if (auto_mode := setting.checkpointing == "auto") and gpu and able:
+        modes = ["none", "full", "offload"] if setting.mlp_tiles > 1 else ["none", "selective", "full", "offload"]
+    elif auto_mode:
+        modes = ["none"]
+    sequences = setting.micro_batch_size * setting.accumulation
+    sizes = [setting.micro_batch_size]
+    if auto_micro_batch:
+        most = min(sequences, _MOST_SEQUENCES) if gpu else 1
+        sizes = [size for size in range(1, most + 1) if sequences % size == 0]
+    tried = [
+        replace(setting, checkpointing=mode, micro_batch_size=size, accumulation=sequences // size)
+        for size, mode in itertools.product(sizes, modes)
+    ]
+    if gpu is None:
+        said = "there are no GPUs, by whose memory it is chosen"
+        return tried[0], _reasons(auto_mode, auto_micro_batch, tried[0], said)
+    if fitting := [one for one in tried if fits(one, gpu)]:
+        best = min(fitting, key=lambda one: (seconds_of_token(one, gpu, **options), one.micro_batch_size))
+        said = f"the fastest that fits {gpu.name}, {_needs(tried, gpu)}"
+    else:
+        best = min(tried, key=lambda one: memory.gpu_memory(one).peak)
+        said = f"nothing fits {gpu.name}, {_needs(tried, gpu)}; it may run out of memory"
+    if auto_mode and not able:
+        said += "; the architecture can compute no layer again"
+    return best, _reasons(auto_mode, auto_micro_batch, best, said)
 
 
-def _changed(setting: Setting) -> Iterator[tuple[list[str], Setting]]:
-    modes: list[str | None] = [None, *(mode for mode in MODES if mode != setting.checkpointing)]
-    offloads = [False] if memory.offloads(setting, "optimizer") else [False, True]
-    smaller = [False, True] if setting.micro_batch_size > 1 else [False]
-    times = [n for n in (1, 2, 4, 8) if setting.accumulation % n == 0]  # the batch of a step stays
-    for mode, offloaded, halved, more in itertools.product(modes, offloads, smaller, times):
-        names, one = list[str](), setting
-        if mode:
-            names.append(f"train.activation_checkpointing={mode}")
-            one = replace(one, checkpointing=mode)
-        if offloaded:
-            names.append("offload_optimizer to cpu in the DeepSpeed configuration")
-            one = replace(one, zero=one.zero | {"offload_optimizer": {"device": "cpu"}})
-        if halved:
-            names.append("train.micro_batch_size=1")
-            one = replace(one, micro_batch_size=1, accumulation=one.accumulation * one.micro_batch_size)
-        if more > 1:
-            names.append(f"{more * setting.world_size} GPUs")
-            one = replace(one, world_size=more * one.world_size, accumulation=one.accumulation // more)
-        yield names, one
+def _reasons(mode: bool, micro_batch: bool, best: Setting, said: str) -> dict[str, str]:
+    return {
+        "activation_checkpointing": f"{best.checkpointing} (auto: {said})" if mode else f"{best.checkpointing}, as the recipe says",
+        "micro_batch_size": f"{best.micro_batch_size} (auto: {said})" if micro_batch else f"{best.micro_batch_size}, as the recipe says",
+    }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `fullft plan` prints."""
-    timed, verdict = found["speed"], "fits" if found["fits"] else "does not fit"
-    lines = [
-        f"{verdict}: {found['peak'] / GIB:.1f} of {found['available'] / GIB:.1f} GiB on each of {found['gpus']} × "
-        f"{found['gpu']}, activation checkpointing {found['activation_checkpointing']}", "", "memory of a GPU, GiB",
-        *(f"  {name:<28}{size / GIB:8.2f}" for name, size in found["components"].items() if size),
-        "received by a GPU in a micro-batch, GB" + " " * 3 + "link  network",
-        *(
-            f"  {name:<28}{one['link'] / 1e9:10.2f}{one['network'] / 1e9:9.2f}"
-            for name, one in timed["traffic"].items()
-        ), "a step, s",
-        *(f"  {name.replace('_', ' '):<28}{timed[name]:8.2f}" for name in (
-            "compute", "communication", "update", "step", "step_without_overlap")),
-        f"{timed['tokens_per_second_per_gpu']:.0f} tokens/s per GPU, MFU {100 * timed['mfu']:.0f} % (predicted; "
-        "efficiency and overlap are guesses)",
+def _needs(tried: list[Setting], gpu: Gpu) -> str:
+    """GiB of each mode with the smallest micro-batch, which is what decides."""
+    least = min(one.micro_batch_size for one in tried)
+    of_least = [one for one in tried if one.micro_batch_size == least]
+    of = ", ".join(f"{one.checkpointing} {memory.gpu_memory(one).peak / GIB:.1f}" for one in of_least)
+    plural = "s" * (least > 1)
+    return f"which has {gpu.memory_gib:.1f} GiB; a micro-batch of {least} sequence{plural} takes {of}"
+
+
+def changes(setting: Setting, gpu: Gpu, **options: Any) -> list[dict[str, Any]]:
+    """The three cheapest sets of changes that make a setting fit, by GPU-seconds of a token: `change` as keys of the
+    recipe, `slower` as a factor of the fastest. None that has another one in it."""
+    fitting = list[tuple[frozenset[str], Setting]]()
+    for names, one in _changed(setting):
+        if not any(fewer < names for fewer, _ in fitting) and fits(one, gpu):
+            fitting.append((names, one))
+    least = [(names, one) for names, one in fitting if not any(other < names for other, _ in fitting)]
+    timed = sorted((seconds_of_token(one, gpu, **options), len(names), sorted(names), one) for names, one in least)[:3]
+    return [
+        {
+            "change": " ".join(names), "peak": memory.gpu_memory(one).peak, "gpus": one.world_size,
+            "host": sum(memory.host_memory(one).values()), "slower": seconds / timed[0][0],
+        }
+        for seconds, _, names, one in timed
     ]  # fmt: skip
-    if run := found["run"]:
-        price = "" if run["cost"] is None else f", cost {run['cost']:,.2f}"
-        lines.append(f"the run: {run['hours']:.1f} hours, {run['gpu_hours']:.1f} GPU-hours{price}")
-    if found["assumed"]:
-        lines.append(f"assumed: {found['assumed']}")
-    if not found["fits"]:
-        changes = [f"  {one['change']}: {one['tokens_per_second_per_gpu']:.0f} tokens/s" for one in found["would_fit"]]
-        lines += ["would fit with", *changes] if changes else ["none of the changes tried makes it fit"]
-    return "\n".join(lines)
+
+
+def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
+    """Combinations of changes, the small ones first."""
+    train, sequences = setting.recipe.train, setting.micro_batch_size * setting.accumulation
+    axes: list[list[tuple[str, dict[str, Any]]]] = [[("", {})] for _ in range(5)]
+    axes[0] += [
+        (f"train.activation_checkpointing={mode}", {"checkpointing": mode})
+        for mode in ("selective", "full", "offload")
+        if mode != setting.checkpointing
+    ]
+    if setting.micro_batch_size > 1:
+        axes[1].append(("train.micro_batch_size=1", {"micro_batch_size": 1, "accumulation": sequences}))
+    if setting.mlp_tiles == 1:
+        axes[2].append(("train.mlp_tiles=8", {"mlp_tiles": 8}))
+    if not memory.offloads(setting, "optimizer"):
+        offloaded = setting.zero | {"offload_optimizer": {"device": "cpu"}, "zero_hpz_partition_size": 1}
+        axes[3].append(("deepspeed=ds_configs/zero3_offload.json", {"zero": offloaded}))
+    if setting.zero.get("zero_hpz_partition_size", 1) > 1:
+        axes[3].append(("deepspeed=ds_configs/zero3.json", {"zero": setting.zero | {"zero_hpz_partition_size": 1}}))
+    axes[4] += [
+        (f"({times * setting.world_size} GPUs)", {"world_size": times * setting.world_size, "_of": times})
+        for times in (2, 4, 8)
+        if sequences % times == 0
+    ]
+    axes[4] += [
+        (f"train.sequence_parallel={ranks}", {"sequence_parallel": ranks, "_of": 1 / ranks})
+        for ranks in (2, 4, 8)
+        if setting.sequence_parallel == 1 and setting.world_size % ranks == 0 and setting.layer.heads % ranks == 0
+        and setting.sequence_length % ranks == 0 and train.kl_reference != "model"
+    ]  # fmt: skip
+    for chosen in sorted(itertools.product(*axes), key=lambda one: sum(bool(name) for name, _ in one)):
+        fields = dict[str, Any]()
+        for _, change in chosen:
+            fields |= change
+        if times := fields.pop("_of", None):  # the sequences of a step stay
+            now = int(sequences / times)
+            micro = fields.get("micro_batch_size", setting.micro_batch_size)
+            micro = next(size for size in range(min(micro, now), 0, -1) if now % size == 0)
+            fields |= {"micro_batch_size": micro, "accumulation": now // micro}
+        if names := frozenset(name for name, _ in chosen if name):
+            if fields.get("checkpointing", setting.checkpointing) == "selective" and "mlp_tiles" in fields:
+                continue
+            yield names, replace(setting, **fields)
+
+
+def search(recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, **options: Any) -> list[dict[str, Any]]:
+    """For each GPU the smallest cluster that the recipe fits, with its own DeepSpeed file, and with the optimizer
+    offloaded where that is smaller; and of the sizes up to four times as large the one with the fewest GPU-seconds a
+    token. Smallest first."""
+    found = []
+    for gpu in gpus:
+        of_gpu = list[dict[str, Any]]()
+        for offload in (False, True):
+            smallest = 0
+            for size in _SIZES:
+                if smallest and (offload or size > 4 * smallest):
+                    break
+                if of_gpu and offload and size >= of_gpu[0]["gpus"]:
+                    break
+                if one := _on(recipe, meta, gpu, size, gpus_per_node, offload, options):
+                    smallest = smallest or size
+                    of_gpu.append(one)
+        if of_gpu:
+            least = min(of_gpu, key=lambda one: one["gpus"])
+            cheapest = min(of_gpu, key=lambda one: one["seconds_of_token"])
+            found += [least | {"is": "smallest"}]
+            found += [cheapest | {"is": "cheapest"}] if cheapest is not least else []
+    return sorted(found, key=lambda one: (one["is"] != "smallest", one["gpus"], one["seconds_of_token"]))
+
+
+def _on(
+    recipe: Recipe, meta: Any, gpu: Gpu, size: int, gpus_per_node: int, offload: bool, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The best setting on so many GPUs; None if the batch cannot be shared by them, or it does not fit."""
+    changed = {"deepspeed": "ds_configs/zero3_offload.json"} if offload else {}
+    try:
+        setting = setting_of(recipe.model_copy(update=changed), meta, size, min(size, gpus_per_node))
+    except BadInput:
+        return None
+    auto = recipe.train.micro_batch_size == "auto"
+    best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
+    if not fits(best, gpu):
+        return None
+    return {
+        "gpu": gpu.name, "gpus": size, "micro_batch_size": best.micro_batch_size, "accumulation": best.accumulation,
+        "activation_checkpointing": best.checkpointing, "offload_optimizer": offload or memory.offloads(best, "optimizer"),
+        "peak": memory.gpu_memory(best).peak, "seconds_of_token": seconds_of_token(best, gpu, **options),
+        "host": sum(memory.host_memory(best).values()),
+    }  # fmt: skip
