@@ -17,7 +17,12 @@ from fullft.submit import NETWORKS
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
 
-_FLAGS = ("--resolved", "--sweep", "--json")  # the options of the verbs with overrides that may stand without a value
+_FLAGS = (
+    "--resolved",
+    "--sweep",
+    "--json",
+    "--search",
+)  # the options of the verbs with overrides that may stand without a value
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--world-size", type=int, default=1, metavar="N", help="ranks (GPUs) the run will have (default 1)"
     )
+    verb.add_argument("--gpu", metavar="NAME", help="they will be these, as `fullft plan` names them: does it fit?")
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
 
     _plan_parser(verbs)
@@ -131,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", help="recipe.yaml")
     verb.add_argument("--nodes", type=int, required=True, metavar="N")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="and ranks (default 8)")
+    verb.add_argument("--gpu", metavar="NAME", help="they are these, as `fullft plan` names them: does it fit?")
     verb.add_argument("--time", metavar="HH:MM:SS", help="limit of the job; runs that are longer go on in the next")
     verb.add_argument("--partition", metavar="NAME")
     verb.add_argument("--account", metavar="NAME")
@@ -170,7 +177,7 @@ def main() -> int:
     try:
         match arguments.verb:
             case "check":
-                check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+                check(arguments.recipe, overrides, arguments.world_size, arguments.gpu, arguments.resolved)
             case "plan":
                 return plan(arguments, overrides)
             case "rehearse":
@@ -212,18 +219,25 @@ def main() -> int:
 def _plan_parser(verbs: Any) -> None:
     verb = verbs.add_parser(
         "plan",
-        usage="fullft plan RECIPE.yaml --nodes N --gpus-per-node G --gpu NAME [options] [key.path=value ...]",
+        usage="""fullft plan RECIPE.yaml --nodes N --gpus-per-node G --gpu NAME [options] [key.path=value ...]
+       fullft plan --model FOLDER_OR_HUB_NAME | --params 70b [--layers L] [options] [key.path=value ...]""",
         help="whether a run fits, what a step takes and what a run costs, from the model's config alone",
     )
-    verb.add_argument("recipe", help="recipe.yaml")
+    verb.add_argument("recipe", nargs="?", help="recipe.yaml")
+    verb.add_argument("--model", metavar="MODEL", help="Hugging Face folder or hub name, without a recipe")
+    verb.add_argument("--params", metavar="P", help="of a Llama: 7b, 8b, 13b, 70b, 405b, or any with --layers")
+    verb.add_argument("--layers", type=int, metavar="L", help="of --params")
+    verb.add_argument("--hidden", type=int, metavar="H", help="of --params (default: what P leaves for L layers)")
     verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
-    verb.add_argument("--gpu", default="h100-80gb", metavar="NAME", help="default h100-80gb")
+    verb.add_argument("--gpu", metavar="NAME", help="default h100-80gb; --gpu ? lists them")
     verb.add_argument("--hardware", metavar="FILE", help="YAML with more GPUs, as fullft/planner/hardware.yaml")
     verb.add_argument("--network-gbps", type=float, metavar="X", help="Gb/s for each GPU, in place of the table's")
     verb.add_argument("--efficiency", type=float, metavar="X", help="share of the best matmul (default 0.62)")
-    verb.add_argument("--tokens", type=float, metavar="X", help="that are trained on, for hours and cost")
+    verb.add_argument("--tokens", type=float, metavar="X", help="of the run (default: of the prepared data)")
     verb.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="for the cost")
+    verb.add_argument("--search", action="store_true", help="the smallest and the cheapest cluster for it")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="also draw the memory, .svg or .png")
     verb.add_argument("--json", action="store_true", help="print all of it as JSON")
 
 
@@ -245,13 +259,14 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> None:
+def check(path: str, overrides: list[str], world_size: int, gpu: str | None, resolved: bool) -> None:
     """Everything that training checks before it forms a process group; tokenizes the data into the cache."""
     recipe = load_recipe(path, overrides)
     if resolved:
         print(recipe.to_yaml(), end="")
     import transformers
 
+    from fullft.planner import hardware
     from fullft.planner.memory import GIB
     from fullft.preflight import preflight
     from fullft.retention.baseline import smallest_drops
@@ -260,7 +275,8 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     if world_size < 1:
         raise BadInput(f"--world-size: {world_size} is not a number of ranks")
     # This may be a login node without GPU: what is asked is about the GPUs, unless CPU ranks are wanted.
-    inputs = preflight(recipe, world_size, on_gpu=os.environ.get("DS_ACCELERATOR") != "cpu")
+    on_gpu = gpu is not None or os.environ.get("DS_ACCELERATOR") != "cpu"
+    inputs = preflight(recipe, world_size, on_gpu, gpu=hardware.gpu(gpu) if gpu else None)
     plan = inputs.plan
     print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
     print(f"attn     {inputs.attention.name}: {inputs.attention.reason}")
@@ -268,6 +284,9 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
         print(f"data     {line}")
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
+    if plan["gpu"]:
+        print(f"         {plan['gpu_bytes'] / GIB:.1f} GiB of a GPU at its peak, by the plan; it is a {plan['gpu']}")
+    print(f"         micro-batch: {plan['micro_batch_why']}")
     print(f"         activation checkpointing: {plan['activation_checkpointing_why']}")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
     for line in smallest_drops(inputs.suite):
@@ -281,10 +300,16 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; a run that does not fit is told with exit code 1."""
     import json
 
-    from fullft.planner import choose
+    from fullft.planner import show
 
-    found = choose.plan(load_recipe(arguments.recipe, overrides), arguments)
-    print(json.dumps(found, indent=1) if arguments.json else choose.table(found))
+    arguments.gpu_given, arguments.gpu = arguments.gpu is not None, arguments.gpu or "h100-80gb"
+    with show.recipe_of(arguments, overrides) as (recipe, assumed):
+        found = show.plan(recipe, arguments)
+    if assumed:
+        found["assumed"] = "; ".join(filter(None, (assumed, found["assumed"])))
+    if arguments.plot:
+        show.plot(found, arguments.plot)
+    print(json.dumps(found, indent=1) if arguments.json else show.table(found))
     return EXIT_DONE if found["fits"] else EXIT_FAILED
 
 
@@ -437,12 +462,15 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
+    from fullft.planner import hardware
     from fullft.preflight import preflight
 
+    gpu = hardware.gpu(arguments.gpu) if arguments.gpu else None
+    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu"
     for point in sweep:
         own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
-        ranks, on_gpu = arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu"
-        inputs = preflight(own, arguments.nodes * ranks, on_gpu, ranks)
+        ranks = arguments.gpus_per_node
+        inputs = preflight(own, arguments.nodes * ranks, gpu is not None or on_gpu, ranks, gpu=gpu)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
     job = jobs.Job(

@@ -19,13 +19,16 @@ from fullft.recipe import Recipe
 _PACKAGE = Path(__file__).parent  # its ds_configs is that of the repository: a link here, files in a wheel
 
 
-def geometry(recipe: Recipe, world_size: int) -> Geometry:
+def geometry(recipe: Recipe, world_size: int, micro_batch_size: int | None = None) -> Geometry:
     """Gradient accumulation from the global batch and the world size.
+
+    micro_batch_size: in place of the recipe's, where that is `auto`; until it is chosen, 1.
 
     Raises:
         BadInput: the ranks make no groups of train.sequence_parallel, or the global batch cannot be shared evenly.
     """
-    size, micro, parts = recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.train.sequence_parallel
+    size, parts = recipe.train.global_batch_size, recipe.train.sequence_parallel
+    micro = micro_batch_size or recipe.train.sequences_at_once
     if world_size % parts:
         raise BadInput(
             f"train.sequence_parallel: {world_size} ranks make no groups of {parts}; it must divide their number"
@@ -173,6 +176,16 @@ def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
     raise BadInput(
         f"deepspeed: {recipe.deepspeed} has zero_hpz_partition_size {' and '.join(map(str, sorted(sizes)))}, and the "
         f"ranks are {of}: every node must have the same number, a multiple of it"
+    )
+
+
+def require_same_micro_batch(told: list[tuple[str, int]]) -> None:
+    """Raises BadInput if train.micro_batch_size `auto` has come to different sizes: (host, size) of each rank."""
+    if len({size for _, size in told}) == 1:
+        return
+    of = ", ".join(f"{size} on {host}" for host, size in sorted(set(told))[:8])
+    raise BadInput(
+        f"train.micro_batch_size: auto comes to {of}, as their GPUs differ; give a number, the smallest of these"
     )
 
 

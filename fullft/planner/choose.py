@@ -4,6 +4,7 @@ fastest setting that fits, by the memory of `memory` and the time of `speed`."""
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,9 +13,11 @@ from fullft.errors import BadInput
 from fullft.planner import memory, speed
 from fullft.planner.hardware import Gpu
 from fullft.planner.memory import GIB
-from fullft.planner.setting import Setting, setting_of
+from fullft.planner.setting import Setting, on_gpus, setting_of
 from fullft.recipe import Recipe
 
+HOST_GIB = 256  # of host memory for each GPU: nodes of 8 with 2 TiB, as clouds have them
+_OF_FILE = ("offload_optimizer", "zero_hpz_partition_size")
 _MOST_SEQUENCES = 64  # of a micro-batch that `auto` looks at
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # GPUs of the clusters that are searched
 
@@ -22,6 +25,13 @@ _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # GPUs o
 def fits(setting: Setting, gpu: Gpu) -> bool:
     """In the memory of the GPU; that of the host is told, not judged."""
     return memory.gpu_memory(setting).peak <= gpu.memory_gib * GIB
+
+
+def host_fits(setting: Setting) -> bool:
+    """Whether what is offloaded, if anything, has room in a usual node: a guess, as nobody has told the node's."""
+    ranks = min(setting.gpus_per_node, setting.world_size)
+    offloaded = memory.offloads(setting, "optimizer") or memory.offloads(setting, "param")
+    return not offloaded or sum(memory.host_memory(setting).values()) <= ranks * HOST_GIB * GIB
 
 
 def seconds_of_token(setting: Setting, gpu: Gpu, **options: Any) -> float:
@@ -66,20 +76,21 @@ def choose(
         return tried[0], _reasons(auto_mode, auto_micro_batch, tried[0], said)
     if fitting := [one for one in tried if fits(one, gpu)]:
         best = min(fitting, key=lambda one: (seconds_of_token(one, gpu, **options), one.micro_batch_size))
-        said = f"the fastest that fits {gpu.name}, {_needs(tried, gpu)}"
+        said = f"the fastest that fits: {_needs(tried, gpu)}"
     else:
         best = min(tried, key=lambda one: memory.gpu_memory(one).peak)
-        said = f"nothing fits {gpu.name}, {_needs(tried, gpu)}; it may run out of memory"
+        said = f"nothing fits: {_needs(tried, gpu)}"
     if auto_mode and not able:
         said += "; the architecture can compute no layer again"
     return best, _reasons(auto_mode, auto_micro_batch, best, said)
 
 
 def _reasons(mode: bool, micro_batch: bool, best: Setting, said: str) -> dict[str, str]:
+    why = {True: f" (auto: {said})", False: ", as the recipe says"}
     return {
-        "activation_checkpointing": f"{best.checkpointing} (auto: {said})" if mode else f"{best.checkpointing}, as the recipe says",
-        "micro_batch_size": f"{best.micro_batch_size} (auto: {said})" if micro_batch else f"{best.micro_batch_size}, as the recipe says",
-    }  # fmt: skip
+        "activation_checkpointing": f"{best.checkpointing}{why[mode]}",
+        "micro_batch_size": f"{best.micro_batch_size}{why[micro_batch]}",
+    }
 
 
 def _needs(tried: list[Setting], gpu: Gpu) -> str:
@@ -87,22 +98,24 @@ def _needs(tried: list[Setting], gpu: Gpu) -> str:
     least = min(one.micro_batch_size for one in tried)
     of_least = [one for one in tried if one.micro_batch_size == least]
     of = ", ".join(f"{one.checkpointing} {memory.gpu_memory(one).peak / GIB:.1f}" for one in of_least)
-    plural = "s" * (least > 1)
-    return f"which has {gpu.memory_gib:.1f} GiB; a micro-batch of {least} sequence{plural} takes {of}"
+    return f"{gpu.name} has {gpu.memory_gib:.1f} GiB, and {least} sequence{'s' * (least > 1)} at a time takes {of}"
 
 
 def changes(setting: Setting, gpu: Gpu, **options: Any) -> list[dict[str, Any]]:
     """The three cheapest sets of changes that make a setting fit, by GPU-seconds of a token: `change` as keys of the
     recipe, `slower` as a factor of the fastest. None that has another one in it."""
-    fitting = list[tuple[frozenset[str], Setting]]()
+    least = list[tuple[frozenset[str], Setting]]()
+    enough = set[frozenset[str]]()  # more of the same kind, GPUs or ranks, is not told
     for names, one in _changed(setting):
-        if not any(fewer < names for fewer, _ in fitting) and fits(one, gpu):
-            fitting.append((names, one))
-    least = [(names, one) for names, one in fitting if not any(other < names for other, _ in fitting)]
+        kinds = frozenset(re.sub(r"\d+", "", name) if re.search(r"GPUs|parallel", name) else name for name in names)
+        if any(fewer <= kinds for fewer in enough) or not (fits(one, gpu) and host_fits(one)):
+            continue
+        enough.add(kinds)
+        least.append((names, one))
     timed = sorted((seconds_of_token(one, gpu, **options), len(names), sorted(names), one) for names, one in least)[:3]
     return [
         {
-            "change": " ".join(names), "peak": memory.gpu_memory(one).peak, "gpus": one.world_size,
+            "change": " and ".join(names), "peak": memory.gpu_memory(one).peak, "gpus": one.world_size,
             "host": sum(memory.host_memory(one).values()), "slower": seconds / timed[0][0],
         }
         for seconds, _, names, one in timed
@@ -128,7 +141,7 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
     if setting.zero.get("zero_hpz_partition_size", 1) > 1:
         axes[3].append(("deepspeed=ds_configs/zero3.json", {"zero": setting.zero | {"zero_hpz_partition_size": 1}}))
     axes[4] += [
-        (f"({times * setting.world_size} GPUs)", {"world_size": times * setting.world_size, "_of": times})
+        (f"{times * setting.world_size} GPUs", {"world_size": times * setting.world_size, "_of": times})
         for times in (2, 4, 8)
         if sequences % times == 0
     ]
@@ -147,10 +160,13 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
             micro = fields.get("micro_batch_size", setting.micro_batch_size)
             micro = next(size for size in range(min(micro, now), 0, -1) if now % size == 0)
             fields |= {"micro_batch_size": micro, "accumulation": now // micro}
+        one = on_gpus(setting, fields.pop("world_size", setting.world_size))
+        if "zero" in fields:
+            fields["zero"] = one.zero | {key: fields["zero"][key] for key in _OF_FILE if key in fields["zero"]}
         if names := frozenset(name for name, _ in chosen if name):
             if fields.get("checkpointing", setting.checkpointing) == "selective" and "mlp_tiles" in fields:
                 continue
-            yield names, replace(setting, **fields)
+            yield names, replace(one, **fields)
 
 
 def search(recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, **options: Any) -> list[dict[str, Any]]:
@@ -189,11 +205,11 @@ def _on(
         return None
     auto = recipe.train.micro_batch_size == "auto"
     best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
-    if not fits(best, gpu):
+    if not fits(best, gpu) or not host_fits(best):
         return None
     return {
         "gpu": gpu.name, "gpus": size, "micro_batch_size": best.micro_batch_size, "accumulation": best.accumulation,
-        "activation_checkpointing": best.checkpointing, "offload_optimizer": offload or memory.offloads(best, "optimizer"),
+        "activation_checkpointing": best.checkpointing, "offload_optimizer": memory.offloads(best, "optimizer"),
         "peak": memory.gpu_memory(best).peak, "seconds_of_token": seconds_of_token(best, gpu, **options),
         "host": sum(memory.host_memory(best).values()),
     }  # fmt: skip

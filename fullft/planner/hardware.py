@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,27 @@ def gpu(name: str, more: str | None = None) -> Gpu:
     raise BadInput([f"--gpu {name}: no such GPU; {hint} Others are added by --hardware FILE.yaml"])
 
 
+def here() -> Gpu | None:
+    """The GPU of this process, with the memory that it reports; one that is not in the table has the rates of an
+    H100. None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    device, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / 2**30
+    if known := _of_device(device):
+        return replace(known, memory_gib=memory)
+    return replace(gpus()["h100-80gb"], name=device, memory_gib=memory)
+
+
+def _of_device(device: str) -> Gpu | None:
+    parts = [one for one in gpus().values() if one.device in device]
+    return max(parts, key=lambda one: len(one.device), default=None)
+
+
 def peak_tflops(device: str) -> float | None:
     """Dense bf16 TFLOP/s by the name that torch.cuda.get_device_name() tells; None of a GPU that is not known."""
-    parts = [one for one in gpus().values() if one.device in device]
-    return max(parts, key=lambda one: len(one.device)).tflops if parts else None
+    return known.tflops if (known := _of_device(device)) else None
 
 
 def _wrong(entry: Any) -> str:
