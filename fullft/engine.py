@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fullft.data.batches import Geometry
+from fullft.deepspeed_keys import key_problems
 from fullft.errors import BadInput
 from fullft.model import Facts
 from fullft.recipe import Recipe
@@ -44,22 +45,31 @@ def geometry(recipe: Recipe, world_size: int) -> Geometry:
     return Geometry(size, micro, accumulation, world_size, recipe.train.seed, parts)
 
 
+_DECIDED_BY_RECIPE = {
+    "optimizer": "train.*", "scheduler": "train.schedule", "sequence_parallel_size": "train.sequence_parallel",
+    "train_batch_size": "train.global_batch_size", "gradient_accumulation_steps": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size", "gradient_clipping": "train.max_grad_norm",
+}  # fmt: skip
+_WITHOUT_MASTER_WEIGHTS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+
+
 def read_config(recipe: Recipe) -> dict[str, Any]:
     """The DeepSpeed configuration file, as it stands.
 
     Raises:
-        BadInput: missing, not JSON, or not ZeRO stage 3.
+        BadInput: missing, not JSON, not ZeRO stage 3, with keys that DeepSpeed does not know or the recipe decides, or
+            without fp32 master weights.
     """
     path = Path(recipe.deepspeed)
     if not path.exists() and not path.is_absolute():
         path = _PACKAGE / path
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(), object_pairs_hook=_each_key_once)
     except FileNotFoundError:
         raise BadInput(
             f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_PACKAGE})"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
@@ -67,12 +77,35 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     stage = zero.get("stage")
     if stage != 3:
         raise BadInput(f"deepspeed: {recipe.deepspeed} has zero_optimization.stage {stage}; fullft shards with stage 3")
-    for ours, theirs in (("train.*", "optimizer"), ("train.schedule", "scheduler")):
-        if theirs in config:
-            raise BadInput(
-                f"deepspeed: {recipe.deepspeed} has a section '{theirs}'; remove it, the recipe's {ours} decides"
-            )
+    problems = [
+        f"has '{theirs}'; remove it, the recipe's {ours} decides"
+        for theirs, ours in _DECIDED_BY_RECIPE.items()
+        if config.get(theirs, "auto") != "auto"
+    ]
+    problems += [
+        f"turns on '{section}'; remove it, the recipe's train.precision decides"
+        for section in ("fp16", "torch_autocast")
+        if isinstance(config.get(section), dict) and config[section].get("enabled") is True
+    ]
+    bf16 = config.get("bf16")
+    if isinstance(bf16, dict) and (lossy := [key for key in _WITHOUT_MASTER_WEIGHTS if bf16.get(key) is True]):
+        problems.append(
+            f"has {' and '.join(f'bf16.{key}' for key in lossy)}: without fp32 master weights, updates below 1/512 "
+            "of a weight are rounded away, and with the learning rates of fine-tuning these are most; remove it, and "
+            "offload with ds_configs/zero3_offload.json if memory is short"
+        )
+    if not problems:
+        problems = key_problems(config)
+    if problems:
+        raise BadInput([f"deepspeed: {recipe.deepspeed} {problem}" for problem in problems])
     return config
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON keeps the last of two equal keys without a word."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"key '{twice[0]}' is given twice")
+    return dict(pairs)
 
 
 def fill_config(
@@ -85,7 +118,7 @@ def fill_config(
     bf16 = precision == torch.bfloat16
     if bf16 and plan.accumulation > 1:
         # Unset, micro-batches are summed in bf16, whose 8 bits lose small gradients.
-        config = {"data_types": {"grad_accum_dtype": "fp32"}} | config
+        config = config | {"data_types": {"grad_accum_dtype": "fp32"} | (config.get("data_types") or {})}
     return config | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
