@@ -230,8 +230,27 @@ def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str,
     import deepspeed
 
     _import_muon()
+    for module in _expert_blocks(model):
+        deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
+
+
+def _expert_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that send each token to some of a list of experts: told by a child with a row for each of them.
+
+    Experts in one tensor are gathered together anyway. Modules of a list would be gathered one by one, as tokens ask
+    for them, and differently on each rank: one would receive another expert's weights, or wait for ever.
+    """
+    return [
+        module
+        for module in model.modules()
+        for experts in module.children()
+        if isinstance(experts, torch.nn.ModuleList) and len(experts) > 1
+        for router in module.children()
+        for weight in router.parameters(recurse=False)
+        if len(shape := getattr(weight, "ds_shape", weight.shape)) == 2 and shape[0] == len(experts)
+    ]
 
 
 def _import_muon() -> None:
