@@ -42,10 +42,12 @@ def key_problems(config: dict[str, Any]) -> list[str]:
             if len(unknown) < len(found):
                 return problems
             for place, _ in unknown:
-                del _section(left, place[:-1])[place[-1]]
+                if place[-1] not in (section := _section(left, place[:-1])):
+                    return problems  # not where it was looked for: else this would not end
+                del section[place[-1]]
             continue
         except (DeepSpeedConfigError, ValueError, TypeError, AttributeError) as error:
-            return [*problems, str(error)]
+            return [*problems, f"is refused by DeepSpeed: {error}"]
         except AssertionError:  # what this machine lacks, as a login node may; told when the engine starts
             return problems
         return problems + [_unknown(place, names) for place, names in read.unread()]

@@ -85,10 +85,9 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     problems += [
         f"turns on '{section}'; remove it, the recipe's train.precision decides"
         for section in ("fp16", "torch_autocast")
-        if isinstance(config.get(section), dict) and config[section].get("enabled") is True
+        if _is_on(config, section, "enabled")
     ]
-    bf16 = config.get("bf16")
-    if isinstance(bf16, dict) and (lossy := [key for key in _WITHOUT_MASTER_WEIGHTS if bf16.get(key) is True]):
+    if lossy := [key for key in _WITHOUT_MASTER_WEIGHTS if _is_on(config, "bf16", key)]:
         problems.append(
             f"has {' and '.join(f'bf16.{key}' for key in lossy)}: without fp32 master weights, updates below 1/512 "
             "of a weight are rounded away, and with the learning rates of fine-tuning these are most; remove it, and "
@@ -99,6 +98,12 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     if problems:
         raise BadInput([f"deepspeed: {recipe.deepspeed} {problem}" for problem in problems])
     return config
+
+
+def _is_on(config: dict[str, Any], section: str, key: str) -> bool:
+    """As DeepSpeed reads it: 1 and "true" are true."""
+    value = config[section].get(key) if isinstance(config.get(section), dict) else None
+    return str(value).lower() not in ("none", "auto", "false", "0", "off", "no", "n", "f")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

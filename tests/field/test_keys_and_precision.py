@@ -125,6 +125,7 @@ def test_a_key_given_twice_is_told(recipe: dict[str, Any], tmp_path: Path) -> No
 def test_giving_up_fp32_master_weights_is_told_before_anything_starts(
     recipe: dict[str, Any], tmp_path: Path, keys: list[str]
 ) -> None:
+    assert problems(recipe, tmp_path, bf16=dict.fromkeys(keys, "true")) != []  # DeepSpeed takes that too
     (said,) = problems(recipe, tmp_path, bf16=dict.fromkeys(keys, True))
     assert "without fp32 master weights" in said
     assert all(key in said for key in keys)
