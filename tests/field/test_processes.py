@@ -1,8 +1,7 @@
-"""Complaints: workers that take themselves for the master, ranks expanded on the batch host, two runs in one folder."""
+"""Complaints: workers that take themselves for the master, ranks expanded on the batch host."""
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -55,24 +54,3 @@ def test_two_processes_that_both_take_themselves_for_the_master_end_with_a_reaso
     assert time.monotonic() - started < 60
     assert any("is in use, perhaps by another run" in log.read_text() for log in logs)
     assert not (Path(recipe["run_dir"]) / "metrics.jsonl").exists()
-
-
-@pytest.mark.ranks
-def test_two_runs_never_write_the_same_log(recipe: dict[str, Any], tmp_path: Path) -> None:
-    """Each with ranks of its own, as where each node of a job starts the command for itself."""
-    config = write_recipe(recipe, tmp_path / "recipe.yaml")
-    logs = [tmp_path / f"{number}.log" for number in (0, 1)]
-    processes = []
-    for log in logs:
-        with log.open("w") as out:
-            processes.append(warm.start(TRAIN, "--config", str(config), stdout=out, stderr=out, cwd=tmp_path))
-    try:
-        codes = sorted(process.wait(120) for process in processes)
-    finally:
-        kill(processes)
-    said = [log.read_text() for log in logs]
-    rows = [json.loads(line)["step"] for line in (Path(recipe["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
-    assert codes == [0, 0], said
-    assert rows == [1, 2, 3, 4]
-    # The other has waited for the first, and found nothing left to train.
-    assert sum("at step 4" in text or "is done already" in text for text in said) == 1, said
