@@ -39,11 +39,11 @@ def test_ranks_that_share_rows_have_a_part_of_each_and_one_without_trained_token
             "run_dir": f"{recipe['run_dir']}-{parts}", "train": recipe["train"] | {"sequence_parallel": parts}
         }  # fmt: skip
         config = write_recipe(one, tmp_path / f"{parts}.yaml")
-        done = run_ranks(script, "--config", str(config), ranks=2, cwd=tmp_path)
+        done = run_ranks(script, "--config", str(config), ranks=parts, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         widths[parts] = [int(width) for width in re.findall(r"embedded \[1, (\d+)\]", done.stdout)]
         found[parts] = losses(one)
-    # 2 ranks, 2 steps of 2 rows: each rank has one row whole, or a half of both.
+    # 2 steps of 2 rows: one rank has them whole, each of two a half of all.
     assert (len(widths[1]), len(widths[2])) == (4, 8)
     assert min(widths[1]) > 40
     assert sum(widths[1]) <= sum(widths[2]) <= sum(widths[1]) + 4
