@@ -245,7 +245,7 @@ def _expert_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The modules that send each token to some of a list of experts: told by a child with a row for each of them.
 
     Experts in one tensor are gathered together anyway. Modules of a list would be gathered one by one, as tokens ask
-    for them, and differently on each rank: one would receive another expert's weights, or wait for ever.
+    for them, and differently on each rank, whose collectives then do not match: the run aborts, or hangs.
     """
     return [
         module
