@@ -106,8 +106,8 @@ def preflight(
     of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
     planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
     problems += (_disk_problems(recipe, planned) if room else []) + _memory_problems(planned)
-    problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpus)
-    lacking = _lacks_of_attention(recipe, gpus)
+    problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
+    lacking = _lacks_of_attention(recipe, gpus) + kernels.lacks(recipe, meta.config, gpus)
     elsewhere = gpus and not torch.cuda.is_available()  # a login node: other packages may be where it is trained
     problems += [] if elsewhere else lacking
     suite = attempt(Suite, recipe, tokenizer)
