@@ -43,18 +43,20 @@ class Account:
         engine: Any,
         flops: Flops | None,
         peak: float | None,
-        recomputes: bool,
+        checkpointing: str,
+        tiled: bool = False,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             flops: of the model; None: unknown, and so perf/tflops_per_gpu.
             peak: FLOP/s of a GPU; None: unknown, and so perf/mfu.
-            recomputes: backward runs the forward pass of every layer again. False if it does so in part: perf/hfu is
-                then a lower bound.
+            checkpointing: none, selective, full or offload; tiled: MLPs run in tiles. What backward so runs again is in
+                perf/hfu.
             trace: is told each phase that begins.
         """
-        self._flops, self._peak, self._recomputes, self._trace = flops, peak, recomputes, trace
+        self._flops, self._peak, self._trace = flops, peak, trace
+        self._checkpointing, self._tiled = checkpointing, tiled
         self._world_size = int(engine.world_size)
         self._on_gpu = torch.device(engine.device).type == "cuda"
         self._borders: list[tuple[str, Any]] = []  # phase, and when it began: seconds, an event on a GPU
@@ -96,7 +98,8 @@ class Account:
             )
             needed += 3 * (self._flops.forward(batch.tokens, 0) + attention)
             run += 3 * (self._flops.forward(batch.position_ids.numel(), 0) + attention_run)
-            run += self._flops.recomputed(batch.position_ids.numel()) + attention_run if self._recomputes else 0.0
+            run += self._flops.recomputed(batch.position_ids.numel(), self._checkpointing, self._tiled)
+            run += attention_run if self._checkpointing in ("full", "offload") else 0.0  # selective keeps it
         return needed, run
 
     def end_step(self, tokens: int, needed_flops: float, run_flops: float) -> float:

@@ -113,8 +113,8 @@ def preflight(
     planned = planner.plan(setting) | why
     no_memory, little_memory = _memory_problems(recipe, setting, gpu)
     problems += (_disk_problems(recipe, planned) if room else []) + no_memory
-    problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config, gpus)
-    lacking = _lacks_of_attention(recipe, gpus)
+    problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
+    lacking = _lacks_of_attention(recipe, gpus) + kernels.lacks(recipe, meta.config, gpus)
     elsewhere = gpus and not torch.cuda.is_available()  # a login node: other packages may be where it is trained
     problems += [] if elsewhere else lacking
     suite = attempt(Suite, recipe, tokenizer)

@@ -87,8 +87,8 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
     profile = Profile(recipe, cluster, tracker.say)
     flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
-    recomputes = inputs.plan["activation_checkpointing"] in ("full", "offload")
-    account = Account(engine, flops, peak, recomputes, profile.phase)
+    checkpointing = inputs.plan["activation_checkpointing"]
+    account = Account(engine, flops, peak, checkpointing, recipe.train.mlp_tiles > 1, profile.phase)
     if isinstance(kl_of_replay, ReferenceDivergence):
         account.listen(kl_of_replay.engine, trains=False)
     for lacking in filter(None, (unknown, account.why_no_waits)):

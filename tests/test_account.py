@@ -90,7 +90,7 @@ def test_a_slow_rank_is_communication_of_the_other(recipe: dict[str, Any]) -> No
 def test_a_reference_that_runs_beside_is_waited_for_too() -> None:
     """By the names that DeepSpeed gives an engine without optimizer; all that is listened to is in one account."""
     engine = SimpleNamespace(world_size=2, device="cpu", optimizer=None)
-    account = Account(engine, None, None, recomputes=False)
+    account = Account(engine, None, None, checkpointing="none")
     assert "time/communication_seconds is not measured" in account.why_no_waits
     coordinator = SimpleNamespace(**{_PROFILER: None})
     reference = SimpleNamespace(optimizer=SimpleNamespace(param_coordinator=coordinator))
@@ -162,7 +162,7 @@ def test_on_a_gpu_the_times_are_those_between_events(monkeypatch: pytest.MonkeyP
     """The arithmetic alone, since there is no GPU: intervals, waits within phases, and that events are used again."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     engine = SimpleNamespace(world_size=2, device="cuda:0", optimizer=None)
-    account = Account(engine, Flops(0, 1, {}, 0), 1.0, recomputes=False)
+    account = Account(engine, Flops(0, 1, {}, 0, 0), 1.0, checkpointing="none")
     account.why_no_waits = ""
     for _ in range(3):
         account.phase("data", 1)
