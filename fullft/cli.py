@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, then train as a Slurm job that is requeued until it is done",
     )
     verb.add_argument("recipe", help="recipe.yaml")
-    verb.add_argument("--nodes", type=int, required=True, metavar="N")
+    verb.add_argument("--nodes", required=True, metavar="N", help="or N-M: after a node is lost it goes on with fewer")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="and ranks (default 8)")
     verb.add_argument("--time", metavar="HH:MM:SS", help="limit of the job; runs that are longer go on in the next")
     verb.add_argument("--partition", metavar="NAME")
@@ -399,17 +399,21 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Check recipe, model, data and cluster as training would, render the job script, and hand it to Slurm."""
     from fullft import submit as jobs
 
-    for name in ("nodes", "gpus_per_node", "chain", "restarts"):
+    nodes = jobs.counts(arguments.nodes)
+    for name in ("gpus_per_node", "chain", "restarts"):
         if (value := getattr(arguments, name)) < (name != "restarts"):
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
+    from fullft.engine import geometry
     from fullft.preflight import preflight
 
     for point in sweep:
         own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
         ranks, on_gpu = arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu"
-        inputs = preflight(own, arguments.nodes * ranks, on_gpu, ranks)
+        inputs = preflight(own, nodes[0] * ranks, on_gpu, ranks)  # with more nodes memory is less scarce
+        for more in nodes[1:]:
+            geometry(own, more * ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
     job = jobs.Job(

@@ -112,6 +112,8 @@ def test_what_slurm_or_the_recipe_refuses_is_told_and_nothing_is_submitted(
 ) -> None:
     assert "invalid partition" in submit("--nodes", "2", "--partition", "nowhere", code=2)
     assert "cannot be shared by 3 ranks" in submit("--nodes", "3", code=2)
+    assert "cannot be shared by 3 ranks" in submit("--nodes", "2-3", code=2)
+    assert "is no number of nodes" in submit("--nodes", "3-2", code=2)
     assert "learning_rate" in submit("--nodes", "2", "--array", "train.learning_rate=1e-3,-1", code=2)
     assert not nodes.run("squeue", "--noheader").stdout.strip()
     assert not Path(recipe["run_dir"], "recipe.yaml").exists()
@@ -131,10 +133,11 @@ def test_without_sbatch_it_says_where_to_run_it(
 @pytest.mark.parametrize("container", [None, "ghcr.io/me/fullft:1", "/images/fullft.sif"])
 @pytest.mark.parametrize("chain", [1, 2])
 def test_every_script_is_shell_that_bash_can_read(network: str, container: str | None, chain: int) -> None:
-    job = Job(2, 8, "1:00:00", "gpu", "me", 12, network, container, ("/data",), ("module load cuda",), chain)
+    job = Job("2-4", 8, "1:00:00", "gpu", "me", 12, network, container, ("/data",), ("module load cuda",), chain)
     text = script(job, Path("my recipe.yaml"), ["tracking.name=two words"], "runs/it's", [["a.b=1"], ["a.b=2"]])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + text
+    assert "#SBATCH --nodes=2-4\n" in text
     assert f"#SBATCH --{'no-requeue' if chain > 1 else 'requeue'}\n" in text
 
 
@@ -147,6 +150,6 @@ def test_a_sweep_has_all_combinations() -> None:
 
 
 def test_an_array_of_one_trains_where_it_was_checked() -> None:
-    text = script(Job(1, 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
+    text = script(Job("1", 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
     assert "run=runs/r-seed=7; overrides=(train.seed=7 run_dir=runs/r-seed=7)" in text
-    assert "run=runs/r; overrides=()" in script(Job(1, 8), Path("r.yaml"), [], "runs/r", points([]))
+    assert "run=runs/r; overrides=()" in script(Job("1", 8), Path("r.yaml"), [], "runs/r", points([]))
