@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ def test_two_ranks_on_each_of_two_hosts_train_and_a_host_with_other_code_is_name
     environment = {"DS_ENV_FILE": str(sent), "PYTHONPATH": str(REPOSITORY)}
     start(*arguments(recipe), **environment)
     assert run.wait(TRAINING_SECONDS) == 0, run.output
+    found = json.loads(Path(recipe["run_dir"], "env.json").read_text())
+    assert found["launcher"] == "deepspeed"
+    assert found["ranks_of_host"] == {"n0": 2, "n1": 2}
     # The sums of four ranks and of two are rounded in different orders.
     assert losses(recipe) == pytest.approx(losses(reference), rel=1e-4)
     run.assert_nothing_left()

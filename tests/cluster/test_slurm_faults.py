@@ -42,8 +42,8 @@ def training(recipe: dict[str, Any]) -> list[psutil.Process]:
 def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
     nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any], launch: Launch, tmp_path: Path
 ) -> None:
-    recipe["train"]["steps"] = 120
-    recipe["checkpoint"] |= {"every_steps": 20, "lease_seconds": 10}
+    recipe["train"]["steps"] = 60
+    recipe["checkpoint"] |= {"every_steps": 10, "lease_seconds": 10}
     whole, folder = recipe | {"run_dir": str(tmp_path / "whole")}, Path(recipe["run_dir"])
     launch(whole)
     job = job_of(submit("--nodes", "1-2"))
@@ -54,7 +54,7 @@ def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
     wait_for(lambda: status(folder) == "done", nodes, folder)
     assert restarts(nodes, job) == 1
     assert json.loads((folder / "env.json").read_text())["world_size"] == "1"
-    assert [row["step"] for row in metrics(recipe)] == list(range(1, 121))
+    assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
     # The sums of two ranks and of one are rounded in different orders.
     assert losses(recipe) == pytest.approx(losses(whole), rel=1e-4)
     (log,) = (folder / "slurm").glob("*.log")
@@ -89,8 +89,8 @@ def test_a_job_whose_time_is_nearly_up_saves_and_the_next_of_the_chain_goes_on(
 ) -> None:
     """Slurm signals 300 s before the end, or up to a minute earlier: of 7 minutes between the first and the second."""
     recipe["train"]["steps"] = 60
-    said, folder = submit("--nodes", "1", "--chain", "2", "--time", "7"), Path(recipe["run_dir"])
-    first, second = said.partition("submitted  ")[2].partition(" by")[0].split(", ")
+    said, folder = submit("--nodes", "1", "--chain", "3", "--time", "7"), Path(recipe["run_dir"])
+    first, second, third = said.partition("submitted  ")[2].partition(" by")[0].split(", ")
     wait_for(lambda: bool(training(recipe)), nodes, folder)
     (rank,) = training(recipe)
     rank.suspend()  # rather than train for a minute
@@ -99,9 +99,10 @@ def test_a_job_whose_time_is_nearly_up_saves_and_the_next_of_the_chain_goes_on(
     wait_for(lambda: not nodes.run("squeue", "--noheader").stdout.strip(), nodes, folder)
     assert status(folder) == "done"
     assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
-    logs = {job: (folder / "slurm" / f"{job}.log").read_text() for job in (first, second)}
+    logs = {job: (folder / "slurm" / f"{job}.log").read_text() for job in (first, second, third)}
     assert "SIGUSR1: saved up to step" in logs[first]
     assert "resumed from" in logs[second]
+    assert "nothing to do" in logs[third]
 
 
 def has_pending(pid: int, signum: int) -> bool:
