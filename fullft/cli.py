@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, then train as a Slurm job that is requeued until it is done",
     )
     verb.add_argument("recipe", help="recipe.yaml")
-    verb.add_argument("--nodes", type=int, required=True, metavar="N")
+    verb.add_argument("--nodes", required=True, metavar="N", help="or N-M: after a node is lost it goes on with fewer")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="and ranks (default 8)")
     verb.add_argument("--gpu", metavar="NAME", help="they are these, as `fullft plan` names them: does it fit?")
     verb.add_argument("--time", metavar="HH:MM:SS", help="limit of the job; runs that are longer go on in the next")
@@ -457,11 +457,13 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Check recipe, model, data and cluster as training would, render the job script, and hand it to Slurm."""
     from fullft import submit as jobs
 
-    for name in ("nodes", "gpus_per_node", "chain", "restarts"):
+    nodes = jobs.counts(arguments.nodes)
+    for name in ("gpus_per_node", "chain", "restarts"):
         if (value := getattr(arguments, name)) < (name != "restarts"):
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
+    from fullft.engine import geometry
     from fullft.planner import hardware
     from fullft.preflight import preflight
 
@@ -470,7 +472,10 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     for point in sweep:
         own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
         ranks = arguments.gpus_per_node
-        inputs = preflight(own, arguments.nodes * ranks, gpu is not None or on_gpu, ranks, gpu=gpu)
+        # With more nodes memory is less scarce.
+        inputs = preflight(own, nodes[0] * ranks, gpu is not None or on_gpu, ranks, gpu=gpu)
+        for more in nodes[1:]:
+            geometry(own, more * ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
     job = jobs.Job(
