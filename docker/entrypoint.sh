@@ -122,7 +122,7 @@ train() {
   before=$(state)
   ranks="^[^ ]*python[^ ]* (-u )?$train .*$(sed 's/[^A-Za-z0-9_/-]/[&]/g' <<< "$*")"
 
-  # PyTorchJob sets PET_…, or MASTER_ADDR with WORLD_SIZE and RANK of nodes; launch/kubernetes.yaml NNODES and NODE_RANK.
+  # PyTorchJob sets PET_…, or MASTER_ADDR with WORLD_SIZE and RANK of nodes; a JobSet is to set NNODES and NODE_RANK.
   nodes=${PET_NNODES:-${NNODES:-${WORLD_SIZE:-}}}
   node=${PET_NODE_RANK:-${NODE_RANK:-${RANK:-0}}}
   per_node=${GPUS_PER_NODE:-${PET_NPROC_PER_NODE:-auto}}

@@ -1,4 +1,4 @@
-"""The image: its files are sound, and its entry point ends with the code of the run, whatever became of the launcher."""
+"""The image: its files are sound; its entry point ends with the code of the run, whatever its launcher says."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_dockerfile_and_the_scripts_are_linted() -> None:
 
 def pins(variant: str) -> dict[str, Version]:
     """Of a lock file: package → version. Each must have a hash."""
-    entries = re.split(r"\n(?=\S)", (DOCKER / f"requirements-{variant}.txt").read_text())[1:]
+    entries = [one for one in re.split(r"\n(?=\S)", text(f"requirements-{variant}.txt")) if one[0] != "#"]
     assert all("--hash=sha256:" in entry for entry in entries)
     locked = [Requirement(entry.split("\\")[0].strip()) for entry in entries]
     return {canonicalize_name(one.name): Version(str(one.specifier).removeprefix("==")) for one in locked}
