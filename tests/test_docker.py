@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sysconfig
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -199,3 +200,41 @@ def test_over_hosts_a_signal_to_the_container_reaches_the_ranks(
         assert run.wait(120) == 85, run.output
         run.assert_nothing_left()
         assert_saved(recipe)
+
+
+NODE = """
+set -e
+ip link set lo up
+mount -t tmpfs tmpfs /home
+mount -t tmpfs tmpfs /run
+mkdir -p /home/fullft
+chown 1001:1001 /home/fullft "$SSH_KEYS"
+(cat /etc/passwd; echo fullft:x:1001:1001::/home/fullft:/bin/bash) > "$SSH_KEYS/../passwd"
+mount --bind "$SSH_KEYS/../passwd" /etc/passwd
+mount --bind docker/ssh_config /etc/ssh/ssh_config
+export HOME=/home/fullft FULLFT_VARIANT=cpu NCCL_DEBUG=marked
+user="setpriv --reuid 1001 --regid 1001 --clear-groups"
+$user docker/entrypoint.sh sshd & node=$!
+for _ in $(seq 100); do if $user ssh -n localhost true 2> /dev/null; then break; fi; sleep 0.1; done
+$user ssh -n localhost 'echo "$(id -un) $NCCL_DEBUG"'
+$user docker/entrypoint.sh health
+kill -TERM $node
+wait $node
+"""
+
+
+@pytest.mark.cluster
+def test_a_node_lets_its_user_in_by_the_shared_key_with_the_environment_of_the_container() -> None:
+    skip_if(ssh_hosts.unavailable())
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own may be entered by root only
+        Path(folder).chmod(0o755)
+        keys = Path(folder) / "keys"
+        keys.mkdir()
+        namespaces = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private")
+        done = subprocess.run(
+            ["unshare", *namespaces, "bash", "-c", NODE],
+            cwd=REPOSITORY, env=os.environ | {"SSH_KEYS": str(keys)}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout == "fullft marked\n"
+        assert (keys / "id_ed25519").stat().st_mode & 0o777 == 0o600
