@@ -87,7 +87,7 @@ def test_ligers_kernels_change_no_loss(recipe: dict[str, Any]) -> None:
 def test_divergence_from_a_reference_that_runs_beside_is_that_of_the_cpu(
     recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    texts = write_jsonl(tmp_path / "general.jsonl", [{"text": " ".join(TEXTS[i % 4 :])} for i in range(12)])
+    texts = write_jsonl(tmp_path / "general.jsonl", [{"text": f"{i}: {TEXTS[i % 4]}"} for i in range(12)])
     recipe["data"]["replay"] = [{"path": str(texts), "fraction": 0.5}]
     # eps 1e-5: with 1e-8, AdamW's first steps are the sign of gradients that are round-off around zero.
     recipe["train"] |= {"kl_weight": 0.5, "kl_reference": "model", "precision": "fp32", "eps": 1e-5}
