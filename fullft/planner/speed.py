@@ -87,17 +87,16 @@ def predict(
 
 def operations(setting: Setting, document: int | None = None) -> tuple[float, float]:
     """(operations that count for MFU, operations run) of one GPU for a micro-batch: 3 forwards, and what checkpointing
-    does again (`flops.py`): `full` all but each layer's last matrix, `selective` half of that and no attention, as it
-    keeps every second matrix product. Every token has a label."""
+    and tiled MLPs do again (`Flops.recomputed`; full and offload attention as well). Every token has a label."""
     assert setting.flops
     length = min(document or setting.sequence_length, setting.sequence_length)
     whole, rest = divmod(setting.sequence_length, length)
     lengths = numpy.array([length] * whole + [rest] * (rest > 0), dtype=numpy.int64)
     attention = setting.flops.attention(lengths) * setting.micro_batch_size / setting.sequence_parallel
     useful = 3 * (setting.flops.forward(setting.tokens, setting.tokens) + attention)
-    matrices = setting.flops.recomputed(setting.tokens)
-    again = {"full": matrices + attention, "offload": matrices + attention, "selective": matrices / 2}
-    return useful, useful + again.get(setting.checkpointing, 0.0)
+    again = setting.flops.recomputed(setting.tokens, setting.checkpointing, setting.mlp_tiles > 1)
+    again += attention if setting.checkpointing in ("full", "offload") else 0.0
+    return useful, useful + again
 
 
 def traffic(setting: Setting) -> dict[str, Traffic]:
