@@ -51,7 +51,7 @@ def test_a_job_whose_node_dies_goes_on_with_the_nodes_that_are_left(
     assert json.loads((folder / "env.json").read_text())["world_size"] == "2"
     nodes.network["n1"].cut()  # a power loss: nobody is told
     nodes.network["n1"].crash()
-    wait_for(lambda: status(folder) == "done", nodes, folder)
+    wait_for(lambda: status(folder) == "done", nodes, folder, seconds=300)
     assert restarts(nodes, job) == 1
     assert json.loads((folder / "env.json").read_text())["world_size"] == "1"
     assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
