@@ -88,7 +88,7 @@ def test_compose_starts_two_nodes_of_the_cpu_variant_that_share_keys_and_runs() 
     for service in services.values():
         assert {volume.partition(":")[2] for volume in service["volumes"]} >= {"/ssh", "/workspace/runs"}
         arguments = service["build"]["args"]
-        assert set(arguments) == {"VARIANT", "BUILD_BASE", "BASE"}
+        assert set(arguments) == {"VARIANT", "OPS", "BUILD_BASE", "BASE"}
         assert all(f"--build-arg {name}={value}" in text("Dockerfile") for name, value in arguments.items())
 
 

@@ -1,6 +1,6 @@
 """The CPU variant of the image, built from nothing without a registry, and runs in containers of it.
 
-Takes a quarter of an hour and 4 GB, so it is asked for: FULLFT_TEST_IMAGE=FOLDER, which keeps the layers. Debian's base
+Takes minutes and 4 GB, so it is asked for: FULLFT_TEST_IMAGE=FOLDER, which keeps the layers. Debian's base
 image is made by debootstrap.
 """
 
@@ -58,12 +58,17 @@ def options_of_pip() -> list[str]:
 @pytest.fixture(scope="module")
 def image() -> str:
     if "FULLFT_TEST_IMAGE" not in os.environ:
-        pytest.skip("takes a quarter of an hour; set FULLFT_TEST_IMAGE=FOLDER")
+        pytest.skip("takes minutes and 4 GB; set FULLFT_TEST_IMAGE=FOLDER")
     if reason := hosts.unavailable() or hosts.missing("buildah", "podman", "runc", "debootstrap"):
         pytest.skip(reason)
     FOLDER.mkdir(parents=True, exist_ok=True)
     make_base()
-    arguments = {"VARIANT": "cpu", "BUILD_BASE": f"docker.io/library/{BASE}", "BASE": f"docker.io/library/{BASE}"}
+    arguments = {
+        "VARIANT": "cpu",
+        "OPS": "",
+        "BUILD_BASE": f"docker.io/library/{BASE}",
+        "BASE": f"docker.io/library/{BASE}",
+    }
     words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
     how = ["--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"]  # OCI's format has no SHELL
     tool("buildah", *STORE, "bud", *how, *words, *options_of_pip(), "-f", "docker/Dockerfile", "-t", IMAGE, ".")
