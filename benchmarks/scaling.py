@@ -4,11 +4,11 @@ no run of this size was measured."""
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.published import setting
 from fullft.planner import choose, hardware, speed
+from fullft.planner.setting import on_gpus
 
 GPUS = [2**power for power in range(3, 13)]
 
@@ -21,7 +21,7 @@ def main() -> None:
             of = setting(Path(folder), size, 8, 8192, 1, "full")
             for network in (400, 100, 25):
                 cells = []
-                for one in (replace(of, world_size=gpus) for gpus in GPUS):
+                for one in (on_gpus(of, gpus) for gpus in GPUS):
                     found = speed.predict(one, device, network_gbps=network)
                     hidden = "" if found.communication <= found.compute else " *"
                     small = "" if choose.fits(one, device) else " †"
