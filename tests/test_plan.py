@@ -52,7 +52,7 @@ def test_bytes_operations_and_time_are_those_of_the_formulas(setting: Setting) -
     weights = 2 * PARAMETERS
     plain = {**setting.zero, "zero_hpz_partition_size": 1}
     moved = speed.traffic(replace(setting, zero=plain))
-    assert moved["all_gather_forward"] == speed.Traffic(weights * 7 / 8, weights / 2 / 8)
+    assert moved["all_gather_forward"] == speed.Traffic(weights * 7 / 8, weights * 15 / 16 / 8)
     assert moved["reduce_scatter"] == moved["all_gather_backward"] == moved["all_gather_forward"]
     hpz = speed.traffic(replace(setting, zero=plain | {"zero_hpz_partition_size": 8}))
     assert [one.network > 0 for one in hpz.values()] == [True, False, True]
@@ -78,6 +78,45 @@ def test_bytes_operations_and_time_are_those_of_the_formulas(setting: Setting) -
     assert 0.2 < found.mfu < 0.6
     cost = speed.cost(1e9, found, 16, 2.5)
     assert cost["cost"] == pytest.approx(2.5 * 1e9 / found.tokens_per_second_per_gpu / 3600)
+
+
+def test_bytes_of_shared_rows_and_of_quantized_gradients(setting: Setting) -> None:
+    """By hand for Llama 3 8B: 32 layers, queries 4096 wide, keys and values 1024; 8192 tokens."""
+    shared = replace(setting, sequence_parallel=4, checkpointing="none")
+    own = 2 * 32 * 2 * 2048 * (4096 + 1024 + 1024 + 4096)  # bytes of a GPU's tokens in forward and backward
+    assert speed.traffic(shared)["all_to_all"] == speed.Traffic(own * 3 / 4, 0)
+    again = speed.traffic(replace(shared, checkpointing="full"))["all_to_all"]
+    assert again.link == own * 3 / 4 * 3 / 2
+    # 16 GPUs for a row: 512 tokens each, 8 heads of keys sent twice; 7 of the others are in the node, 8 are not.
+    wide = speed.traffic(replace(shared, sequence_parallel=16))["all_to_all"]
+    own = 2 * 32 * 2 * 512 * (4096 + 2048 + 2048 + 4096)
+    assert wide == speed.Traffic(own * 7 / 16, own * 8 / 16)
+    assert "all_to_all" not in speed.traffic(setting)
+
+    int4 = PARAMETERS / 2
+    plain = setting.zero | {"zero_hpz_partition_size": 1, "zero_quantized_gradients": True}
+    found = speed.traffic(replace(setting, zero=plain))["reduce_scatter"]
+    assert found == speed.Traffic(int4 * 7 / 8, int4 / 2 / 8)  # the node's sum is sent, half of it to the other node
+    fp32 = speed.traffic(replace(setting, zero=plain, bf16=False))
+    assert fp32["reduce_scatter"] == found
+    assert fp32["all_gather_forward"] == speed.Traffic(4 * PARAMETERS * 7 / 8, 4 * PARAMETERS * 15 / 16 / 8)
+
+
+def test_times_of_update_and_latency(setting: Setting) -> None:
+    on_gpu = {key: value for key, value in setting.zero.items() if not key.startswith("offload")}
+    shard = PARAMETERS / 16
+    assert speed.update(replace(setting, zero=on_gpu), ONE_H100) == pytest.approx(shard * 30 / 3.35e12, rel=1e-3)
+    offloaded = replace(setting, zero=on_gpu | {"offload_optimizer": {"device": "cpu"}})
+    host, pcie = shard * 30 * 8 / 200e9, shard * (2 + 2) / (63e9 * 0.8)
+    assert speed.update(offloaded, ONE_H100) == pytest.approx(host + pcie, rel=1e-3)
+    assert speed.update(offloaded, ONE_H100) > 50 * speed.update(replace(setting, zero=on_gpu), ONE_H100)
+
+    assert speed.latency(setting) == pytest.approx(3 * 34 * 20e-6 * 4)  # 32 layers and the ends; 2^4 ranks
+    assert speed.latency(replace(setting, world_size=1)) == 0
+    found = speed.predict(setting, ONE_H100)
+    wire = sum(max(one.link / 360e9, one.network / 40e9) for one in found.traffic.values())  # 450 GB/s, 400 Gb/s; 80 %
+    assert setting.accumulation == 4
+    assert found.communication == pytest.approx(4 * (wire + 3 * 34 * 20e-6 * 4))
 
 
 def test_a_slow_network_sets_the_time(setting: Setting) -> None:

@@ -100,34 +100,38 @@ def operations(setting: Setting, document: int | None = None) -> tuple[float, fl
 
 
 def traffic(setting: Setting) -> dict[str, Traffic]:
-    """Bytes that a GPU receives for a micro-batch. With n nodes of g GPUs and M bytes of parameters:
+    """Bytes that a GPU receives for a micro-batch. With N GPUs on n nodes of g, and M bytes of parameters:
 
-    gather, reduce   link M · (g - 1) / g; network M · (n - 1) / n for a node, shared by the cards of its g GPUs
-    hpZ              the gather of backward stays in the node; quantized weights 1/2, gradients 1/4 of bf16's
+    gather, reduce   link M · (g - 1) / g; network M · (N - 1) / N for a node, shared by the cards of its g GPUs: rings,
+                     of which each edge carries (N - 1) / N, that between nodes as well (NCCL; gloo's was counted)
+    hpZ              the gather of backward stays in the node; quantized weights 1/2 of bf16's
+    quantized gradients  1/4 of bf16's, over the network M · (n - 1) / n of them: summed in the node first (ZeRO++)
     all-to-all       Ulysses: 4 in forward (q, k, v, result), as many in backward and in recomputation, of each
-                     (s - 1) / s of low-precision [tokens, heads · width] (Jacobs et al. 2023)
+                     (s - 1) / s of low-precision [tokens, heads · width] (Jacobs et al. 2023); at least s heads of k, v
     """
     zero, size = setting.zero, memory.low(setting)
     in_node = min(setting.gpus_per_node, setting.world_size)
     nodes = -(-setting.world_size // in_node)
     moved = float(size * setting.facts.parameters)
 
-    def collective(share: float, across: bool = True) -> Traffic:
-        crossing = moved * share * (nodes - 1) / nodes / in_node if across else 0.0
-        return Traffic(moved * share * (in_node - 1) / in_node, crossing)
+    def collective(share: float, across: int) -> Traffic:
+        """across: the parts of which a node lacks one; 1 where nothing crosses."""
+        return Traffic(moved * share * (in_node - 1) / in_node, moved * share * (across - 1) / across / in_node)
 
+    ring = setting.world_size if nodes > 1 else 1
     weights = 1 / size if zero.get("zero_quantized_weights") else 1.0
-    gradients = 0.5 / size if zero.get("zero_quantized_gradients") else 1.0
+    quantized = bool(zero.get("zero_quantized_gradients"))
     found = {
-        "all_gather_forward": collective(weights),
-        "all_gather_backward": collective(weights, across=zero.get("zero_hpz_partition_size", 1) <= 1),
-        "reduce_scatter": collective(gradients),
+        "all_gather_forward": collective(weights, ring),
+        "all_gather_backward": collective(weights, ring if zero.get("zero_hpz_partition_size", 1) <= 1 else 1),
+        "reduce_scatter": collective(0.5 / size, nodes) if quantized else collective(1.0, ring),
     }
     if (shared := setting.sequence_parallel) > 1:
         layer, passes = setting.layer, 3 if setting.checkpointing in ("full", "offload") else 2
-        each = size * setting.tokens * (2 * layer.queries + 2 * layer.keys) * (shared - 1) / shared
-        sent = setting.facts.layers * passes * each
-        found["all_to_all"] = Traffic(sent, sent if shared > in_node else 0.0)
+        keys = max(layer.keys, shared * layer.queries // layer.heads)
+        sent = setting.facts.layers * passes * size * setting.tokens * (2 * layer.queries + 2 * keys) / shared
+        near = min(shared, in_node)
+        found["all_to_all"] = Traffic(sent * (near - 1), sent * (shared - near))
     return found
 
 
