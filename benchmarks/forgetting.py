@@ -6,7 +6,7 @@
 
 The first form trains its base models here: that of `make quickstart`, and one with ten times the weights. The second
 takes a real model and real data: the task is learnt from TRAIN, four fifths of the general text are there to be
-replayed, its last fifth and the unseen files (of which nothing is replayed) are measured.
+replayed; its last fifth, the unseen files (of which nothing is replayed) and benchmarks/abilities.py are measured.
 
 Every run is `launch/train.py` on 2 ZeRO-3 ranks. What was measured is kept in --folder, run by run: started again, the
 benchmark goes on. A round is one seed; in it the variants follow each other, and times are compared within it. How much
@@ -30,6 +30,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks import abilities
 from benchmarks.common import goal, run, write
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "launch"))
@@ -132,7 +133,8 @@ def trained_here(name: str, quick: bool) -> Subject:
 
 
 def real_subject(arguments: argparse.Namespace, folder: Path) -> Subject:
-    """A recipe for a model and data given; all that is measured is text: bits per byte, and nats a token of answers."""
+    """A recipe for a model and data given. What it must keep: bits per byte of text, facts by choice, and instructions
+    followed; what it is to learn: nats a token of the task's answers."""
     model, (train, test) = arguments.model.resolve(), arguments.task_rows
     name = arguments.name or model.name
     inputs = folder / f"{name}-inputs"
@@ -147,6 +149,13 @@ def real_subject(arguments: argparse.Namespace, folder: Path) -> Subject:
             quickstart.write_rows(inputs / f"{file.stem}.jsonl", [{"text": one} for one in general_texts(file)[:16]])
             source = str(inputs / f"{file.stem}.jsonl")
         tasks.append({"name": file.stem, "kind": "text", "data": source})
+    quickstart.write_rows(inputs / "facts.jsonl", abilities.facts())
+    quickstart.write_rows(inputs / "instructions.jsonl", abilities.instructions())
+    tasks += [
+        {"name": "facts", "kind": "multiple_choice", "data": str(inputs / "facts.jsonl")},
+        {"name": "instructions", "kind": "generate", "data": str(inputs / "instructions.jsonl"),
+         "answer_pattern": abilities.ANSWER, "max_new_tokens": 12},
+    ]  # fmt: skip
     rows: dict[str, Any] = {}
     if "question" in test.read_text().split("\n", 1)[0]:  # as GSM8K writes them
         rows = {"format": "alpaca", "fields": {"instruction": "question", "output": "answer"}}

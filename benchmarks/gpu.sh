@@ -8,9 +8,10 @@
 #
 # `python -m benchmarks.environment --carry`, where there is network, says how to fetch the packages.
 #
-# Parts: environment matmul tests whole_run account step kernels; step is step-SIZE for each of SIZES. One that fails or
-# takes too long does not stop the next; what it has measured until then is kept. gpu.md is made anew after each, from
-# all parts that OUT has.
+# Parts: environment matmul tests whole_run account planner step kernels; step is step-SIZE for each of SIZES, kernels is
+# kernels-SWITCH for each of attention, checkpointing, kernels, precision, mlp_tiles and deepspeed. One that fails or takes
+# too long does not stop the next; what it has measured until then is kept. gpu.md is made anew after each, from all
+# parts that OUT has.
 #
 #   PYTHON      interpreter (python3)             SIZES         models of benchmarks/models.py (the largest that fits, 1b)
 #   TRL_PYTHON  interpreter that has TRL (PYTHON) KERNELS_SIZE  model of kernels (0.5b, tiny on a CPU)
@@ -75,17 +76,20 @@ run() {
         tests) part tests 300 env FULLFT_TEST_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests ;;
         account) part account 120 "$python" -m benchmarks.account "${quick[@]}" ;;
         whole_run) part whole_run 300 "$python" -m benchmarks.whole_run --size "${WHOLE_RUN_SIZE:-small}" ;;
+        planner) part planner 600 "$python" -m benchmarks.planner --seconds 480 "${quick[@]}" ;;
         step) for size in $(sizes); do run "step-$size"; done ;;
         step-*) part "$1" 600 "$python" -m benchmarks.step --quick --size "${1#step-}" --length "$length" \
             --trl-python "${TRL_PYTHON:-$python}" ;;
-        kernels) part kernels 600 "$python" -m benchmarks.kernels --quick --length "$length" \
-            --size "$kernels_size" ;;
+        kernels) for switch in attention checkpointing kernels precision mlp_tiles deepspeed; do run "kernels-$switch"; done ;;
+        kernels-*) part "$1" 300 "$python" -m benchmarks.kernels --quick --length "$length" --size "$kernels_size" \
+            --only "${1#kernels-}" ;;
     esac
 }
 
-(($#)) || set -- environment matmul tests whole_run account step kernels
+all="environment matmul tests whole_run account planner step kernels"
+(($#)) || set -- $all
 for name in "$@"; do
-    [[ " environment matmul tests whole_run account step kernels " == *" $name "* || $name == step-?* ]] && continue
+    [[ " $all " == *" $name "* || $name == step-?* || $name == kernels-?* ]] && continue
     echo "no part is named $name; see the beginning of $0" >&2
     exit 2
 done

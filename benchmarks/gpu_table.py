@@ -76,7 +76,8 @@ def of_results(results: dict[str, Any]) -> list[str]:
                 lines += [f"- {each} was not measured: {why.strip().splitlines()[-1][:200]}"
                           for each, why in one["conditions"]["failed"].items()] + [""]  # fmt: skip
             case "kernels":
-                lines += [f"## Switches, {one['conditions']['size']}", ""]
+                switches = ", ".join(dict.fromkeys(each["switch"] for each in rows["switches"]))
+                lines += [f"## Switches: {switches}; {one['conditions']['size']}", ""]
                 lines += [*markdown(KERNELS, [kernel_row(each) for each in rows["switches"]]), ""]
             case "account":
                 found = rows["account"]

@@ -43,10 +43,10 @@ SWITCHES: dict[str, dict[str, list[str]]] = {
     "checkpointing": {name: [f"train.activation_checkpointing={name}"] for name in
                       ("none", "selective", "full", "offload", "auto")},
     "kernels": {name: [f"train.kernels={name}"] for name in ("none", "liger", "auto")},
-    "deepspeed": {name: [f"deepspeed=ds_configs/{name}.json"] for name in
-                  sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))},
     "precision": {name: [f"train.precision={name}"] for name in ("bf16", "fp32")},
     "mlp_tiles": {str(tiles): [f"train.mlp_tiles={tiles}"] for tiles in (2, 8)},
+    "deepspeed": {name: [f"deepspeed=ds_configs/{name}.json"] for name in
+                  sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))},
 }  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def main() -> None:
                 rows += [{"switch": one, "value": "all", "not_measured": NOT_IN_TIME} for one in left]
                 left = []
             # After each: what is measured is kept when the rest takes too long.
-            write("kernels" if cpu else f"kernels-{arguments.size}", {"switches": rows}, [], conditions=conditions)
+            write(name_of(arguments, cpu), {"switches": rows}, [], conditions=conditions)
     failed = [one for one in rows if "not_measured" in one]
     print(f"{len(rows) - len(failed)} rows measured, {len(failed)} not")
     sys.exit(not any("step_seconds" in one for one in rows))
@@ -109,6 +109,11 @@ def parse() -> argparse.Namespace:
     found.turns = found.turns or (3 if found.quick else 8)
     found.steps = found.steps or (1 if cpu else 5)
     return found
+
+
+def name_of(arguments: argparse.Namespace, cpu: bool) -> str:
+    """Of the result; that of some switches does not replace that of all."""
+    return "-".join(["kernels", *([] if cpu else [arguments.size]), *(arguments.only or [])])
 
 
 def contender_of(

@@ -43,18 +43,20 @@ class Account:
         engine: Any,
         flops: Flops | None,
         peak: float | None,
-        recomputes: bool,
+        checkpointing: str,
+        tiled: bool = False,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             flops: of the model; None: unknown, and so perf/tflops_per_gpu.
             peak: FLOP/s of a GPU; None: unknown, and so perf/mfu.
-            recomputes: backward runs the forward pass of every layer again. False if it does so in part: perf/hfu is
-                then a lower bound.
+            checkpointing: none, selective, full or offload; tiled: MLPs run in tiles. What backward so runs again is in
+                perf/hfu.
             trace: is told each phase that begins.
         """
-        self._flops, self._peak, self._recomputes, self._trace = flops, peak, recomputes, trace
+        self._flops, self._peak, self._trace = flops, peak, trace
+        self._checkpointing, self._tiled = checkpointing, tiled
         self._world_size = int(engine.world_size)
         self._on_gpu = torch.device(engine.device).type == "cuda"
         self._borders: list[tuple[str, Any]] = []  # phase, and when it began: seconds, an event on a GPU
@@ -63,7 +65,7 @@ class Account:
         self._depth, self._began = 0, None  # of waits in each other, and the begin of the outermost
         self._seconds: dict[str, float] = {}
         self.forget()
-        self.why_no_waits = self._listen(engine)  # a line for the log; empty if waits are measured
+        self.why_no_waits = self.listen(engine)  # a line for the log; empty if waits are measured
 
     def forget(self) -> None:
         """Begin anew here: what was since the last row is in none."""
@@ -96,7 +98,8 @@ class Account:
             )
             needed += 3 * (self._flops.forward(batch.tokens, 0) + attention)
             run += 3 * (self._flops.forward(batch.position_ids.numel(), 0) + attention_run)
-            run += self._flops.recomputed(batch.position_ids.numel()) + attention_run if self._recomputes else 0.0
+            run += self._flops.recomputed(batch.position_ids.numel(), self._checkpointing, self._tiled)
+            run += attention_run if self._checkpointing in ("full", "offload") else 0.0  # selective keeps it
         return needed, run
 
     def end_step(self, tokens: int, needed_flops: float, run_flops: float) -> float:
@@ -169,17 +172,20 @@ class Account:
             elif self._on_gpu:
                 self._spare_events.append(self._began)
 
-    def _listen(self, engine: Any) -> str:
-        """Have DeepSpeed tell when the computation waits for it. Returns why it does not."""
+    def listen(self, engine: Any, trains: bool = True) -> str:
+        """Have DeepSpeed tell when the computation waits for this engine, which may be one without optimizer that runs
+        beside (`trains`: False). Returns why it does not."""
         optimizer = engine.optimizer
-        coordinator = getattr(getattr(optimizer, "parameter_offload", None), "param_coordinator", None)
-        lacking = [name for name in _REDUCTIONS if not hasattr(optimizer, name)]
+        offload = getattr(optimizer, "parameter_offload", None) if trains else optimizer
+        coordinator = getattr(offload, "param_coordinator", None)
+        reductions = _REDUCTIONS if trains else ()
+        lacking = [name for name in reductions if not hasattr(optimizer, name)]
         lacking += [] if hasattr(coordinator, _PROFILER) else [_PROFILER]
         if lacking:
             names = " and ".join(lacking)
             return f"time/communication_seconds is not measured but in the other parts: DeepSpeed has no {names} here"
         setattr(coordinator, _PROFILER, _Listener(self._begin_wait, self._end_wait))
-        for name in _REDUCTIONS:
+        for name in reductions:
             setattr(optimizer, name, self._as_wait(getattr(optimizer, name)))
         return ""
 

@@ -80,7 +80,7 @@ class _Keep(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kept.append(_Kept(found))
         elif self._kept and func is torch.ops.aten.add_.Tensor:
             # DeepSpeed's linear layer adds its bias in place: the product is gone, and is made again in backward.
-            self._kept[-1].drop_if_changed()  # now, not when it is wanted: its memory
+            self._kept[-1].drop_if_of(args[0])
         return found
 
 
@@ -112,9 +112,18 @@ class _Kept:
         leaves = torch.utils._pytree.tree_leaves(self.tensors)
         return [one._version for one in leaves if isinstance(one, torch.Tensor)]
 
+    def drop_if_of(self, changed: torch.Tensor) -> None:
+        """By its memory: what is added to is a view without the product's count of versions."""
+        if any(_memory(one) == _memory(changed) for one in torch.utils._pytree.tree_leaves(self.tensors)):
+            self.tensors = None
+
     def drop_if_changed(self) -> None:
         if self._now() != self._versions:
             self.tensors = None
+
+
+def _memory(leaf: Any) -> int | None:
+    return leaf.untyped_storage().data_ptr() if isinstance(leaf, torch.Tensor) else None
 
 
 def _is_product(func: Any) -> bool:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import os
 import re
 import secrets
@@ -93,8 +95,34 @@ def _from_torch(env: Mapping[str, str]) -> Cluster:
         # Leftover RANK/WORLD_SIZE of a shell make every process rank 0 of 1, each training alone into the same folder.
         if size is not None and size > 1 and world == 1:
             raise BadInput(f"{name} started {size} processes, but WORLD_SIZE=1 is set: unset RANK and WORLD_SIZE first")
+    ranks = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if launcher != "torchrun" else ()
+    told = next((name for name in ranks if name in env), "")  # mpirun's is nearer than that of the step it runs in
+    if told and world in (_mpi_size(env), _slurm_size(env)) and rank != _number(env, told):
+        raise BadInput(
+            f"RANK={rank}, but {told}={env[told]}: RANK was set once for several processes, e.g. in the batch script, "
+            "which runs on one node; leave it out under srun and mpirun, or set it in the command that they start"
+        )
     per_node = next((_number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
+    if launcher == "deepspeed" and rank == 0 and per_node == world and _is_elsewhere(env["MASTER_ADDR"]):
+        raise BadInput(
+            f"all ranks were started on {socket.gethostname()}, but are to meet on {env['MASTER_ADDR']}: deepspeed "
+            "runs a hostfile with one host here, whatever its name; give `deepspeed --force_multi`"
+        )
     return Cluster(rank, world, local, env["MASTER_ADDR"], _number(env, "MASTER_PORT"), launcher, per_node)
+
+
+def _is_elsewhere(address: str) -> bool:
+    """Whether a numeric address is none of this host's: nobody can listen at it here."""
+    try:
+        ipaddress.ip_address(address)
+    except ValueError:  # a name, which may mean this host in ways that cannot be told here
+        return False
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            return error.errno == errno.EADDRNOTAVAIL
+    return False
 
 
 def _from_slurm(env: Mapping[str, str]) -> Cluster:
@@ -214,6 +242,24 @@ def join(cluster: Cluster, timeout_minutes: float) -> None:
     if torch.distributed.get_world_size() != cluster.world_size:
         joined = torch.distributed.get_world_size()
         raise RuntimeError(f"process group has {joined} ranks, expected {cluster.world_size}")
+
+
+def require_same_code() -> None:
+    """Every rank must run the same code of fullft and the same packages. All ranks together, right after `join`.
+
+    Raises:
+        BadInput: on all ranks, with the hosts that differ.
+    """
+    import torch.distributed as dist
+
+    from fullft.doctor import findings, host
+
+    mine = {"host": socket.gethostname(), "versions": host.versions(), "code": host.code()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    seen = findings.Examined(list({one["host"]: one for one in everyone[::-1]}.values())[::-1])
+    if found := [*findings.versions(seen), *findings.code(seen)]:
+        raise BadInput([f"{', '.join(one.hosts)}: {one.what}; {one.mend}" for one in found])
 
 
 def leave() -> None:

@@ -12,26 +12,23 @@ plus attention as the packed documents have it: causal and document by document.
 full, 12 · L · h · s a token, which makes the MFU of an 8B model at 8k tokens 12 % larger.)
 
 MFU (Chowdhery et al. 2022, appendix B) counts that for the tokens of documents. HFU counts what is run: padding too,
-and what activation checkpointing recomputes.
+and what backward runs again (`Flops.recomputed`). DeepSpeed's linear layer, which every ZeRO-3 run has, keeps its input
+after its product, so that checkpointing, which stops at the last tensor wanted, runs the last one of a layer too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-# Dense bf16 TFLOP/s by torch.cuda.get_device_name(), the first name that is part of it. From the vendors' data sheets,
-# half of what they give with sparsity; most stand in stas00/ml-engineering, compute/accelerator (August 2026).
-PEAK_TFLOPS = {
-    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0,
-    "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "MI300X": 1300.0,
-}  # fmt: skip
+from fullft.planner import hardware
 
 
 class UnknownArchitectureError(ValueError):
@@ -45,16 +42,17 @@ class Flops:
     per_token: int  # matrices of the layers
     per_label: int  # head
     per_pair: dict[int | None, int]  # attention, all layers with this sliding window (None: without) together
-    per_token_once: int  # of per_token, what checkpointing does not recompute
+    per_token_selective: int  # of per_token, what selective checkpointing runs again
+    per_token_mlp: int  # of per_token, the MLPs that train.mlp_tiles can cut
 
     def forward(self, tokens: int, labels: int) -> float:
         """Operations of all but attention, of `tokens` of which `labels` have a label."""
         return float(self.per_token * tokens + self.per_label * labels)
 
-    def recomputed(self, tokens: int) -> float:
-        """Operations, of all but attention, that checkpointing of every layer does again in backward. torch stops
-        (non-reentrant) when it has the last tensor that backward needs, which the result of the last matrix is not."""
-        return float((self.per_token - self.per_token_once) * tokens)
+    def recomputed(self, tokens: int, checkpointing: str = "full", tiled: bool = False) -> float:
+        """Operations, of all but attention, that backward runs again: those of checkpointing, and of tiled MLPs."""
+        of_mode = {"none": 0, "selective": self.per_token_selective}.get(checkpointing, self.per_token)
+        return float((of_mode + tiled * self.per_token_mlp) * tokens)
 
     def attention(self, lengths: NDArray[numpy.int64]) -> float:
         """Operations of attention in documents of these lengths, [n]."""
@@ -91,7 +89,8 @@ def flops_of(model: Any) -> Flops:
     per_pair: dict[int | None, int] = {}
     for window, flops in _attention_layers(model, config):
         per_pair[window] = per_pair.get(window, 0) + flops
-    return Flops(of_layers, of_head, per_pair, _not_recomputed(model, config))
+    mlps = sum(_matrices(one, config)[0] for name, one in model.named_modules() if name.endswith(".mlp"))
+    return Flops(of_layers, of_head, per_pair, _selective(model, config), mlps)
 
 
 def flops_and_peak(model: Any, bf16: bool) -> tuple[Flops | None, float | None, str]:
@@ -108,8 +107,15 @@ def flops_and_peak(model: Any, bf16: bool) -> tuple[Flops | None, float | None, 
 
 def _matrices(model: Any, config: Any) -> tuple[int, int]:
     """(operations of the layers' matrices for a token, of the head for a position)"""
-    head, experts, active = model.get_output_embeddings(), *_experts(config)
-    of_layers = of_head = 0
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    found = list(_each_matrix(model, config))
+    of_head = sum(size for module, _, size in found if module is head)
+    return sum(size for _, _, size in found) - of_head, of_head
+
+
+def _each_matrix(model: Any, config: Any) -> Iterator[tuple[Any, torch.nn.Parameter, int]]:
+    """(module, matrix, operations for a token) in their order."""
+    experts, active = _experts(config)
     for module_name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding):
             continue
@@ -118,16 +124,13 @@ def _matrices(model: Any, config: Any) -> tuple[int, int]:
             is_router = experts and name == "weight" and matrix.shape[0] == experts
             if matrix.ndim < 2 or (experts and matrix.ndim == 2 and "bias" in name):
                 continue
-            if module is head:
-                of_head += size
-            elif matrix.ndim == 2 and (isinstance(module, torch.nn.Linear | Conv1D) or is_router):
+            if matrix.ndim == 2 and (isinstance(module, torch.nn.Linear | Conv1D) or is_router):
                 one_of_many = experts and ".experts." in f".{module_name}."
-                of_layers += size * active // experts if one_of_many else size
+                yield module, matrix, size * active // experts if one_of_many else size
             elif matrix.ndim == 3 and experts and matrix.shape[0] == experts:
-                of_layers += size * active // experts
+                yield module, matrix, size * active // experts
             else:
                 raise UnknownArchitectureError(f"how often {module_name}.{name} {list(matrix.shape)} is used")
-    return of_layers, of_head
 
 
 def _experts(config: Any) -> tuple[int, int]:
@@ -169,18 +172,23 @@ def _window(config: Any, kind: str | None) -> int | None:
     raise UnknownArchitectureError(f"what layers of the kind {kind} do")
 
 
-def _not_recomputed(model: Any, config: Any) -> int:
-    """Operations for a token of the last matrix of each layer, where nothing comes after it but the residual sum."""
-    layers = [one for one in model.modules() if hasattr(one, "mlp") and not hasattr(one, "post_feedforward_layernorm")]
-    if len(layers) != config.num_hidden_layers:
-        return 0
-    last = [getattr(one.mlp, name, None) for one in layers for name in ("down_proj", "dense_4h_to_h")]
-    return sum(2 * one.weight.numel() for one in last if isinstance(one, torch.nn.Linear))
+def _selective(model: Any, config: Any) -> int:
+    """Operations for a token that selective checkpointing runs again (`activations`): the first, third, … product of a
+    layer, all to which DeepSpeed's linear layer adds a bias, and those of experts, which are grouped products."""
+    again = 0
+    for layer in (one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)):
+        products = 0
+        for module, matrix, size in _each_matrix(layer, config):
+            grouped = matrix.ndim == 3
+            products += not grouped
+            biased = isinstance(module, torch.nn.Linear) and module.bias is not None
+            again += size if grouped or biased or products % 2 else 0
+    return again
 
 
 def peak_flops() -> float | None:
     """Dense bf16 FLOP/s of this process's GPU by its data sheet; None of a CPU or an unknown GPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    peak = hardware.peak_tflops(torch.cuda.get_device_name())
+    return None if peak is None else 1e12 * peak

@@ -22,30 +22,43 @@ def choose(recipe: Recipe, config: Any, on_gpu: bool) -> tuple[str, str]:
     """none or liger, and a line that says why. `config`: of the model."""
     if recipe.train.kernels == "none":
         return "none", "those of transformers, as the recipe says"
-    if why := _why_not(config, on_gpu):
+    if why := (_unfit(config) if on_gpu else "") or _lacking(config, on_gpu):
         return "none", f"those of transformers: {why}"
     return "liger", "liger's RMSNorm, rotary embedding and gated MLP"
 
 
-def problems(recipe: Recipe, config: Any, on_gpu: bool) -> list[str]:
-    why = _why_not(config, on_gpu) if recipe.train.kernels == "liger" else ""
+def problems(recipe: Recipe, config: Any) -> list[str]:
+    """What the model has against train.kernels, wherever it is trained."""
+    return _refusal(_unfit(config)) if recipe.train.kernels == "liger" else []
+
+
+def lacks(recipe: Recipe, config: Any, on_gpu: bool) -> list[str]:
+    """What this machine lacks for train.kernels; that where it is trained may have it."""
+    return _refusal(_lacking(config, on_gpu)) if recipe.train.kernels == "liger" and not _unfit(config) else []
+
+
+def _refusal(why: str) -> list[str]:
     return [f"train.kernels: liger, but {why}; take auto or none"] if why else []
 
 
-def _why_not(config: Any, on_gpu: bool) -> str:
-    if not on_gpu:
-        return "there is no GPU"
+def _unfit(config: Any) -> str:
     if config.model_type not in _COMPARED:
         return f"liger's are taken for {', '.join(_COMPARED)} only, and this is {config.model_type}"
     if config.hidden_act not in ("silu", "swish"):  # liger puts SiLU in its place without a word
         return f"liger's MLP is gated by SiLU, not by {config.hidden_act}"
+    return ""
+
+
+def _lacking(config: Any, on_gpu: bool) -> str:
+    if not on_gpu:
+        return "there is no GPU"
     missing = [name for name in ("triton", "liger_kernel") if importlib.util.find_spec(name) is None]
     if missing:
-        return f"{' and '.join(missing).replace('_', '-')} is not installed (pip install liger-kernel)"
+        return f"this machine lacks {' and '.join(missing).replace('_', '-')} (pip install liger-kernel)"
     try:
-        return "" if config.model_type in _functions() else f"this liger has none for {config.model_type}"
+        return "" if config.model_type in _functions() else f"this machine's liger has none for {config.model_type}"
     except Exception as error:  # not made for this version of transformers, torch or Triton
-        return f"liger cannot be imported ({type(error).__name__}: {error})"
+        return f"liger cannot be imported here ({type(error).__name__}: {error})"
 
 
 def _functions() -> dict[str, Any]:

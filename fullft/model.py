@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -48,6 +49,7 @@ class Facts:
     vocabulary_parameters: int  # elements of embedding and head, once if tied
     largest_vector: int  # elements of the largest norm or bias
     smallest_matrix: int
+    sizes: tuple[int, ...] = ()  # elements of each parameter; empty: not known
 
 
 def device() -> str:
@@ -200,7 +202,7 @@ def facts(model: PreTrainedModel) -> Facts:
         largest_layer=max(layers.values(), default=sum(sizes) // max(1, int(config.num_hidden_layers))),
         vocabulary_parameters=sum(one.numel() for one in {id(one): one for one in of_vocabulary.values()}.values()),
         largest_vector=max((one.numel() for one in model.parameters() if one.ndim < 2), default=0),
-        smallest_matrix=min(one.numel() for one in model.parameters() if one.ndim > 1),
+        smallest_matrix=min(one.numel() for one in model.parameters() if one.ndim > 1), sizes=tuple(sizes),
     )  # fmt: skip
 
 
@@ -244,6 +246,10 @@ def load(
     if dist.get_rank() == 0:
         print(f"weights: {said} ({time.perf_counter() - started:.1f} s)", flush=True)
         print(f"attention: {kernel}\n" if kernel else "", end="", flush=True)
+    return _ready(model, deepspeed_config, dtype)
+
+
+def _ready(model: PreTrainedModel, deepspeed_config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     # generate() asks it whether ranks must keep step; transformers holds a weak reference, so we keep a strong one.
     model.fullft_deepspeed_handle = HfDeepSpeedConfig(deepspeed_config)
     model.requires_grad_(True)
@@ -252,6 +258,38 @@ def load(
             raise RuntimeError(f"{name} was loaded as {parameter.ds_tensor.dtype}, not {dtype}")
     model.train()
     return model
+
+
+@torch.no_grad()
+def without_weights(
+    recipe: Recipe, deepspeed_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, attention: Attention
+) -> PreTrainedModel:
+    """The model as `load` leaves it, but that nothing is read: this rank's shards are filled with random numbers.
+
+    Where shards cannot be made empty (`shards.why_not_by_shards`), DeepSpeed makes each parameter whole and cuts it.
+    """
+    dtype = precision(recipe)
+    unset_hf_deepspeed_config()
+    if why_not_by_shards(deepspeed_config):
+        import deepspeed
+
+        # No dtype: on a CPU, zero.Init takes any for bf16.
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=deepspeed_config):
+            model = _from_config(recipe.model, tokenizer, attention.name, dtype)
+    else:
+        with _parameters_on_meta():
+            model = _from_config(recipe.model, tokenizer, attention.name, dtype)
+        make_empty_shards(model, deepspeed_config, dtype)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device()).contiguous()
+    for parameter in model.parameters():
+        for shard in (parameter.ds_tensor, getattr(parameter, "ds_secondary_tensor", None)):
+            if shard is not None:
+                shard.normal_(0, 0.02) if parameter.ds_shape[1:] else shard.fill_(1)
+    if attention.name == VARLEN:
+        use_best_kernel(attention.layers, dtype)
+    return _ready(model, deepspeed_config, dtype)
 
 
 @contextmanager

@@ -8,6 +8,8 @@ and all stop at the same step. What the signal meets:
     training    the step ends, its checkpoint is written; an evaluation is abandoned, and done again after the resume
     over        (the model is exported)     nothing changes
 
+A launcher that has died counts as a signal: DeepSpeed's leaves its ranks behind, with nobody to end or see them.
+
 In each case the exit code is EXIT_REQUEUE. If that takes longer than checkpoint.grace_seconds, the process ends before
 it is killed, see `_end_unsaved`.
 
@@ -80,7 +82,8 @@ def listen(recipe: Recipe, cluster: Cluster) -> None:
     for each in _SIGNALS:
         signal.signal(each, handle)
     os.register_at_fork(after_in_child=_forget)
-    threading.Thread(target=_watch, args=(listener, reader, writer), name="signals", daemon=True).start()
+    arguments = (listener, reader, writer, _launchers(cluster.launcher))
+    threading.Thread(target=_watch, args=arguments, name="signals", daemon=True).start()
 
 
 def enter(phase: Phase) -> None:
@@ -114,7 +117,33 @@ def left_for_requeue() -> bool:
     return left is not None and left != _listener.found and left.get("generation") == lease.generation()
 
 
-def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket) -> None:
+def _launchers(launcher: str) -> tuple[int, ...]:
+    """The processes whose end leaves this rank alone; none where what has set RANK is not known.
+
+    DeepSpeed's process of this host has one above it too: the runner, or the sshd that the runner is connected to.
+    """
+    if launcher != "deepspeed":
+        return () if launcher == "python" else _ancestors(1)
+    try:
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+    except OSError:  # not Linux
+        return ()
+    return _ancestors(2) if "deepspeed.launcher.launch" in command else ()
+
+
+def _ancestors(count: int) -> tuple[int, ...]:
+    """Process numbers of the parent and, if two are asked for, its parent (0: gone)."""
+    parent = os.getppid()
+    if count == 1:
+        return (parent,)
+    try:
+        status = Path(f"/proc/{parent}/status").read_text()
+    except OSError:
+        return parent, 0
+    return parent, int(status.partition("PPid:")[2].split()[0])
+
+
+def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket, launchers: tuple[int, ...]) -> None:
     reader.settimeout(1.0)
     while True:
         try:
@@ -123,6 +152,8 @@ def _watch(listener: _Listener, reader: socket.socket, _keep_open: socket.socket
                 listener.note(signal.Signals(number).name)
         except TimeoutError:
             pass
+        if launchers and not listener.name and _ancestors(len(launchers)) != launchers:
+            listener.note("the end of its launcher")
         if listener.name and listener.phase == "preparing":
             with contextlib.suppress(Exception):  # the folder is full or read-only; the signal counts all the same
                 _end_preparing(listener)

@@ -64,9 +64,10 @@ NETWORKS = tuple(_NETWORKS)
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of Slurm. `options`: further options of sbatch, as `--qos=high`."""
+    """What is asked of Slurm. `nodes`: `4`, or `2-4`, as many of them as there are. `options`: further options of
+    sbatch, as `--qos=high`."""
 
-    nodes: int
+    nodes: str
     gpus_per_node: int
     time: str | None = None
     partition: str | None = None
@@ -80,6 +81,19 @@ class Job:
     restarts: int = 3
     grace_seconds: float = 300  # between the signal before the time limit and that limit
     options: tuple[str, ...] = ()
+
+
+def counts(nodes: str) -> range:
+    """`4` → 4; `2-4` → 2, 3, 4: how many nodes a job may get.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not numbers or not numbers[0]:
+        raise BadInput(f"--nodes: {nodes} is no number of nodes, as 4, and no range of them, as 2-4")
+    return numbers
 
 
 def points(sweep: list[str]) -> list[list[str]]:
@@ -107,8 +121,10 @@ def script(job: Job, config: Path, overrides: list[str], run_dir: str, sweep: li
     """The job script. Paths are relative to the folder where it is submitted, as are those of the recipe."""
     folder = Path(run_dir) / "slurm"
     name = re.sub(r"[^\w.-]", "_", Path(run_dir).name)
+    # srun starts one task a node by itself; asked for one, Slurm (22.05) takes the fewest nodes of a range.
+    tasks = None if "-" in job.nodes and job.gpus_per_node == 1 else job.gpus_per_node
     directives = {
-        "job-name": name, "nodes": job.nodes, "ntasks-per-node": job.gpus_per_node,
+        "job-name": name, "nodes": job.nodes, "ntasks-per-node": tasks,
         "gpus-per-node": job.gpus_per_node, "cpus-per-task": job.cpus_per_task, "time": job.time,
         "partition": job.partition, "account": job.account,
         "output": _quoted(str(folder).replace("%", "%%") + ("/%A_%a.log" if len(sweep) > 1 else "/%j.log")),
@@ -201,9 +217,10 @@ _END = (
 if [ "$status" = done ]; then exit 0; fi
 if [ -e "$run/REQUEUE" ] && [ "$(stat -c %y "$run/REQUEUE")" != "$marker" ]; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
-elif {{ [ "$status" = failed ] || [ -e "$run/REQUEUE" ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
-  # A lost GPU or a broken link, or ranks that could not start: it goes on from the newest checkpoint. A run that
-  # can't go on says `stopped`.
+elif {{ [[ "$status:$code" =~ ^failed:|^running:137$ ]] || [ -e "$run/REQUEUE" ]; }} &&
+  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  # A lost GPU or a broken link, ranks that were killed and could say nothing, or that could not start again; it goes on
+  # from the newest checkpoint. A run that can't go on says `stopped`.
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit $((code > 0 ? code : 1))

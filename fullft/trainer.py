@@ -30,6 +30,7 @@ from fullft.engine import (
     for_evaluation,
     offloads_optimizer,
     require_same_groups,
+    require_same_micro_batch,
     start,
     with_parameters_on_host,
 )
@@ -86,8 +87,10 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
 
     profile = Profile(recipe, cluster, tracker.say)
     flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
-    recomputes = inputs.plan["activation_checkpointing"] in ("full", "offload")
-    account = Account(engine, flops, peak, recomputes, profile.phase)
+    checkpointing = inputs.plan["activation_checkpointing"]
+    account = Account(engine, flops, peak, checkpointing, recipe.train.mlp_tiles > 1, profile.phase)
+    if isinstance(kl_of_replay, ReferenceDivergence):
+        account.listen(kl_of_replay.engine, trains=False)
     for lacking in filter(None, (unknown, account.why_no_waits)):
         tracker.say(lacking)
 
@@ -213,11 +216,12 @@ def set_up(
     Raises:
         Preempted: a signal came to a rank.
     """
-    told: list[Any] = [None] * cluster.world_size
+    told: list[Any] = [None] * cluster.world_size  # of each rank
     groups = inputs.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    dist.all_gather_object(told, (socket.gethostname(), groups))
-    require_same_groups(told, recipe)
-    hosts = [host for host, _ in told]
+    dist.all_gather_object(told, (socket.gethostname(), groups, inputs.plan["micro_batch_size"]))
+    require_same_groups([(host, size) for host, size, _ in told], recipe)
+    require_same_micro_batch([(host, size) for host, _, size in told])
+    hosts = [host for host, *_ in told]
     if cluster.is_main:
         _own_run_folder(recipe, cluster, inputs, hosts)
         print(f"loading {recipe.model.path}", flush=True)
@@ -248,7 +252,7 @@ def set_up(
     on_all(lambda: rollback.finish(recipe.run_folder))  # one that was killed
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
-        model.require_documents_apart(engine, recipe.train.micro_batch_size, recipe.train.sequence_parallel)
+        model.require_documents_apart(engine, inputs.plan["micro_batch_size"], recipe.train.sequence_parallel)
 
     if resumes[0] and not resumed:
         raise RuntimeError(f"no checkpoint of {recipe.run_folder} was loaded, and so the base weights were not read")

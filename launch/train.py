@@ -63,6 +63,7 @@ def main() -> int:
         inputs = preflight(recipe, me.world_size, ranks_per_node=me.ranks_per_node)
         files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
+        cluster.require_same_code()
         signals.enter("loading")
         train(recipe, me, inputs)
         cluster.leave()

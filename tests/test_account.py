@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import Launch, losses, metrics
 from ranks import Ranks
 from transformers import AutoModelForCausalLM
 
-from fullft.account import Account
+from fullft.account import _PROFILER, Account
 from fullft.errors import BadInput
 from fullft.flops import Flops, flops_of
 from fullft.preflight import preflight
@@ -86,6 +87,24 @@ def test_a_slow_rank_is_communication_of_the_other(recipe: dict[str, Any]) -> No
             assert row["time/forward_seconds"] + row["time/backward_seconds"] < 0.7 * waited
 
 
+def test_a_reference_that_runs_beside_is_waited_for_too() -> None:
+    """By the names that DeepSpeed gives an engine without optimizer; all that is listened to is in one account."""
+    engine = SimpleNamespace(world_size=2, device="cpu", optimizer=None)
+    account = Account(engine, None, None, checkpointing="none")
+    assert "time/communication_seconds is not measured" in account.why_no_waits
+    coordinator = SimpleNamespace(**{_PROFILER: None})
+    reference = SimpleNamespace(optimizer=SimpleNamespace(param_coordinator=coordinator))
+    assert account.listen(reference, trains=False) == ""
+    account.phase("forward")
+    listener = getattr(coordinator, _PROFILER)
+    listener.start_event("forward_fetch_wait")
+    time.sleep(0.02)
+    listener.stop_event("forward_fetch_wait", 1)
+    account.phase("sums over ranks")
+    account.end_step(1, 0.0, 0.0)
+    assert account._seconds["communication"] >= 0.02
+
+
 @pytest.mark.ranks
 def test_rows_that_stand_for_several_steps_are_their_means(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"] |= {"steps": 6}
@@ -143,7 +162,7 @@ def test_on_a_gpu_the_times_are_those_between_events(monkeypatch: pytest.MonkeyP
     """The arithmetic alone, since there is no GPU: intervals, waits within phases, and that events are used again."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     engine = SimpleNamespace(world_size=2, device="cuda:0", optimizer=None)
-    account = Account(engine, Flops(0, 1, {}, 0), 1.0, recomputes=False)
+    account = Account(engine, Flops(0, 1, {}, 0, 0), 1.0, checkpointing="none")
     account.why_no_waits = ""
     for _ in range(3):
         account.phase("data", 1)

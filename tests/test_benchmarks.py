@@ -300,7 +300,8 @@ def test_parts_in_several_calls_make_one_table(gpu: Any, tmp_path: Path) -> None
     (tmp_path / "out" / "step-8b-other-gpu.json").write_text('{"benchmark": "step"}')  # of another machine
     gpu("step-1b")
     ended, table = gpu("environment", "kernels")
-    assert ended == [("step-1b", 0), ("environment", 3), ("kernels", 0)]
+    switches = [(f"kernels-{one}", 0) for one in kernels.SWITCHES]
+    assert ended == [("step-1b", 0), ("environment", 3), *switches]
     assert "| step-1b | done, without TRL |" in table
     assert "## Step, 1b × 8 tokens" in table
     assert "kernels-gpu.json cannot be read, and is left out" in table

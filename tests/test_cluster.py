@@ -225,3 +225,11 @@ def test_the_first_host_is_the_one_that_scontrol_prints_first(nodelist: str, tmp
         env=os.environ | {"SLURM_CONF": str(config)}, capture_output=True, text=True, timeout=30, check=True,
     )  # fmt: skip
     assert cluster._first_host(nodelist) == done.stdout.split()[0]
+
+
+def test_a_hostfile_with_one_other_host_is_not_waited_for() -> None:
+    """DeepSpeed starts its ranks here, to meet on the other host (192.0.2.1 is nobody's: RFC 5737)."""
+    alone = DEEPSPEED | {"RANK": "0", "LOCAL_RANK": "0", "LOCAL_SIZE": "4", "MASTER_ADDR": "192.0.2.1"}
+    assert "--force_multi" in problem(alone)
+    assert discover(alone | {"MASTER_ADDR": "127.0.0.1"}).is_main
+    assert discover(alone | {"LOCAL_SIZE": "2"}).is_main  # several hosts: behind NAT the address may be nobody's own

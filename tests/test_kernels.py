@@ -12,7 +12,7 @@ from conftest import run_ranks
 from transformers import AlbertConfig, LlamaConfig
 
 from fullft.errors import BadInput
-from fullft.kernels import choose
+from fullft.kernels import choose, lacks, problems
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 
@@ -40,11 +40,25 @@ def test_kernels_that_cannot_be_had(recipe: dict[str, Any]) -> None:
     recipe["train"]["kernels"] = "liger"
     with pytest.raises(BadInput, match=r"train\.kernels: liger, but there is no GPU; take auto or none"):
         preflight(parse_recipe(recipe), 1)
+    warnings = preflight(parse_recipe(recipe), 1, on_gpu=True).warnings  # a login node
+    assert INSTALLED or warnings[0].startswith("train.kernels: liger, but this machine lacks ")
     recipe["train"]["kernels"] = "none"
+    recipe["model"]["attention"] = "flash_attention_3"
+    with pytest.raises(BadInput, match=r"model\.attention: flash_attention_3, but there is no GPU; take auto"):
+        preflight(parse_recipe(recipe), 1)
+    lacking = "model.attention: flash_attention_3, but its package, flash_attn_interface, is not installed here; take"
+    assert lacking in preflight(parse_recipe(recipe), 1, on_gpu=True).warnings[0]  # it may be where it is trained
+    recipe["model"]["attention"] = "auto"
     assert choose(parse_recipe(recipe), llama, on_gpu=True)[0] == "none"
     recipe["train"]["kernels"] = "auto"
+    assert choose(parse_recipe(recipe), llama, on_gpu=True)[0] == ("liger" if INSTALLED else "none")
     other, gelu = AlbertConfig(), LlamaConfig(hidden_act="gelu")
     assert choose(parse_recipe(recipe), other, True) == (
         "none", "those of transformers: liger's are taken for llama, mistral, qwen2, qwen3 only, and this is albert"
     )  # fmt: skip
     assert choose(parse_recipe(recipe), gelu, True)[1].endswith("liger's MLP is gated by SiLU, not by gelu")
+    recipe["train"]["kernels"] = "liger"
+    assert problems(parse_recipe(recipe), gelu) == [
+        "train.kernels: liger, but liger's MLP is gated by SiLU, not by gelu; take auto or none"
+    ]
+    assert lacks(parse_recipe(recipe), gelu, True) == []  # it is refused already

@@ -197,21 +197,6 @@ def test_mpirun_trains_as_torchrun_does(
 
 
 @pytest.mark.cluster
-def test_deepspeed_over_two_hosts_trains_as_torchrun_does_on_one(
-    ssh: ssh_hosts.SshHosts, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
-) -> None:
-    # ssh carries no environment: DeepSpeed sets on the other hosts what this file holds.
-    sent = tmp_path / "deepspeed_env"
-    sent.write_text("".join(f"{name}={value}\n" for name, value in (ON_HOSTS | run.mark).items()))
-    command = (DEEPSPEED, "--hostfile", str(ssh.hostfile), *arguments(recipe))
-    run.start(*command, popen=partial(ssh.popen_on, "n0"), DS_ENV_FILE=str(sent))
-    assert run.wait(TRAINING_SECONDS) == 0, run.output
-    assert_trained_by("deepspeed", recipe)
-    assert losses(recipe) == expected
-    run.assert_nothing_left()
-
-
-@pytest.mark.cluster
 def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
     nodes: slurm.Slurm, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
 ) -> None:
@@ -366,6 +351,16 @@ def test_sigterm_to_the_process_group_ends_a_run_under_deepspeed(recipe: dict[st
     os.killpg(run.launcher.pid, signal.SIGTERM)
     assert run.wait(120) != 0, run.output
     run.assert_nothing_left(seconds=90)  # the runner ends at once, its ranks after it
+    assert_left_for_requeue(recipe, run)
+
+
+@pytest.mark.ranks
+def test_ranks_whose_deepspeed_was_killed_save_and_end(recipe: dict[str, Any], run: Run) -> None:
+    start_long(recipe, run, *deepspeed_here())
+    assert run.launcher
+    run.launcher.kill()  # not even its process for this host is told
+    run.launcher.wait(10)
+    run.assert_nothing_left(seconds=90)
     assert_left_for_requeue(recipe, run)
 
 

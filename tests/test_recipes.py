@@ -1,4 +1,4 @@
-"""The recipes of real models: each passes what `fullft check` checks, on the cluster it names, without hub or weights."""
+"""The recipes of real models: each passes `fullft check` on the cluster it names, without hub or weights."""
 
 from __future__ import annotations
 

@@ -7,14 +7,14 @@ import json
 import math
 import re
 import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS, Launch, losses, metrics, torchrun, write_jsonl, write_recipe
+from conftest import TEXTS, Launch, losses, metrics, run_ranks, write_jsonl, write_recipe
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,9 +27,10 @@ from fullft.engine import with_parameters_on_host
 from fullft.errors import BadInput
 from fullft.export import export_checkpoint
 from fullft.loss import IGNORE, LabelWeights, kl_divergence
-from fullft.model import Facts
+from fullft.model import Facts, on_meta
 from fullft.optim import layer_depths, parameter_groups
 from fullft.planner.memory import plan
+from fullft.planner.setting import setting_of
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 from fullft.retention.base import is_whole
@@ -274,8 +275,7 @@ def test_the_average_is_put_in_and_out_again_bit_for_bit(recipe: dict[str, Any],
     recipe["train"] |= {"ema_decay": 0.5, "l2_pull": 1.0}
     recipe["model"] |= {"new_tokens": ["<|call|>"], "vocabulary_multiple": 64}
     config = str(write_recipe(recipe, tmp_path / "recipe.yaml"))
-    command = [*torchrun(2), str(Path(__file__).parent / "averaged_weights.py"), config]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, check=False)
+    done = run_ranks(Path(__file__).parent / "averaged_weights.py", config, ranks=2, cwd=tmp_path)
     assert done.stdout.count("new rows are left alone") == 2, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("bit for bit") == 2, done.stdout[-2000:] + done.stderr[-4000:]
 
@@ -330,14 +330,17 @@ def test_memory_of_the_second_copies(remedied: dict[str, Any]) -> None:
     def planned(offload: bool, **keys: bool) -> tuple[int, int, int]:
         recipe = copy.deepcopy(remedied)
         recipe["train"] |= keys
-        found = plan(parse_recipe(recipe), Facts("m", 1000, 10, 8, 16, 2, 300, 128, 8, 10), 2, True, offload, 1)
+        parsed = parse_recipe(recipe)
+        setting = setting_of(parsed, on_meta(parsed.model), 2, 2)
+        zero = {"offload_optimizer": {"device": "cpu" if offload else "none"}}
+        found = plan(replace(setting, facts=Facts("m", 1000, 10, 8, 16, 2, 300, 128, 8, 10), zero=zero, accumulation=1))
         assert sum(found["state_bytes_per_rank"].values()) == 500 * (16 + 2 + 4 + 2)
         return found["device_bytes_per_rank"] // 500, found["host_bytes_per_rank"] // 500
 
     assert planned(offload=False) == (24, 0)
     assert planned(offload=False, kl_reference_offload=True) == (22, 2)
     assert planned(offload=False, l2_pull_offload=True, kl_reference_offload=True) == (20, 4)
-    assert planned(offload=True) == (6, 18)  # weights, gradients, the second copy
+    assert planned(offload=True) == (4, 20)  # weights, the second copy
     config = with_parameters_on_host({"zero_optimization": {"stage": 3}})
     assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -138,9 +139,14 @@ def _import() -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # as launch/train.py does, before transformers reads it
     for name in ("deepspeed.ops", "torch.utils.cpp_extension", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")  # of all
+    sys.dont_write_bytecode = False  # whatever the environment says: else each fork compiles all of fullft
     importlib.import_module("fullft.trainer")
     for name in [name for name in sys.modules if name.split(".")[0] == "fullft"]:
         del sys.modules[name]
+    # A collection, which DeepSpeed asks for, would look at all these objects, and so copy their memory, in each fork.
+    gc.collect()
+    gc.freeze()
 
 
 def _fork(connection: socket.socket) -> str:

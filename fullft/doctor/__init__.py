@@ -1,0 +1,1 @@
+"""`fullft doctor`: what is wrong with the machines of a run, before it starts."""
