@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from chat_templates import SHAPES
 from conftest import REPOSITORY, TEXTS, chat, write_jsonl
 from test_masks import make_tokenizer
 
-from fullft.planner.memory import GIB
+from fullft.cli import main
+from fullft.planner import hardware
 from fullft.preflight import preflight
 from fullft.recipe import load_recipe
 
@@ -79,13 +82,21 @@ ROWS: dict[str, list[dict[str, Any]]] = {  # a few rows of each hub set, with it
 }
 
 
-def stand_ins(name: str, folder: Path) -> list[str]:
-    """Overrides with which a recipe needs no hub: the model's own config with a small tokenizer, and a few rows."""
+def stand_ins(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides with which a recipe needs no network: a few rows in place of the hub's sets.
+
+    The model keeps its name: it is put into a cache of the hub, its config with a small tokenizer, and no weights.
+    """
     shape, _, config = MODELS[name]
-    make_tokenizer(SHAPES[shape]).save_pretrained(folder / "model")
-    (folder / "model" / "config.json").write_text(json.dumps(config))
     recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
-    overrides = [f"run_dir={folder / 'run'}", f"model.path={folder / 'model'}"]
+    cached = folder / "hub" / f"models--{recipe['model']['path'].replace('/', '--')}"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(snapshot.name)
+    make_tokenizer(SHAPES[shape]).save_pretrained(snapshot)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    overrides = [f"run_dir={folder / 'run'}"]
     sets = {f"data.{key}.{at}": one for key in ("train", "replay") for at, one in enumerate(recipe["data"][key])}
     sets |= {f"retention.tasks.{at}.data": one["data"] for at, one in enumerate(recipe["retention"]["tasks"])}
     for key, source in sets.items():
@@ -102,14 +113,21 @@ def cluster_of(name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_recipe_passes_its_check_on_the_cluster_it_names(name: str, tmp_path: Path) -> None:
-    recipe = load_recipe(RECIPES / f"{name}.yaml", stand_ins(name, tmp_path))
+def test_a_recipe_passes_check_and_plan_on_the_cluster_it_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, overrides = str(RECIPES / f"{name}.yaml"), stand_ins(name, tmp_path, monkeypatch)
     nodes, gpus = cluster_of(name)
     # Not the disk: this is not the machine that the recipe is for.
-    inputs = preflight(recipe, nodes * gpus, on_gpu=True, ranks_per_node=gpus, room=False)
+    inputs = preflight(
+        load_recipe(config, overrides), nodes * gpus, True, gpus, room=False, gpu=hardware.gpu("h100-80gb")
+    )
     assert inputs.facts.parameters == MODELS[name][1]
     assert inputs.attention.name == "varlen"
     assert not [one for one in inputs.warnings if "memory" in one]
-    assert inputs.plan["device_bytes_per_rank"] < 40 * GIB  # leaves half of an H100 to activations
-    written = re.findall(r"# (\d+) GB each", (RECIPES / f"{name}.yaml").read_text())
+    written = re.findall(r"# (\d+) GB each", Path(config).read_text())
     assert written == [f"{12 * MODELS[name][1] / 1e9:.0f}"]
+
+    asked = ["plan", config, "--nodes", str(nodes), "--gpus-per-node", str(gpus), "--gpu", "h100-80gb", *overrides]
+    monkeypatch.setattr(sys, "argv", ["fullft", *asked])
+    assert main() == 0, capsys.readouterr().err
