@@ -130,4 +130,6 @@ def test_a_recipe_passes_check_and_plan_on_the_cluster_it_names(
 
     asked = ["plan", config, "--nodes", str(nodes), "--gpus-per-node", str(gpus), "--gpu", "h100-80gb", *overrides]
     monkeypatch.setattr(sys, "argv", ["fullft", *asked])
-    assert main() == 0, capsys.readouterr().err
+    code, said = main(), capsys.readouterr()
+    assert code == 0, said.err
+    assert "DOES NOT FIT" not in said.out
