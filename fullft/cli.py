@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -461,6 +462,10 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     for name in ("gpus_per_node", "chain", "restarts"):
         if (value := getattr(arguments, name)) < (name != "restarts"):
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
+    if arguments.container and not Path("launch/train.py").exists():
+        raise BadInput(
+            "--container: the image runs launch/train.py of the folder where you submit, and there is none here"
+        )
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
     from fullft.engine import geometry
@@ -481,7 +486,8 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     job = jobs.Job(
         arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account,
         arguments.cpus_per_task, arguments.network, arguments.container, tuple(arguments.mount),
-        tuple(arguments.setup), arguments.chain, arguments.restarts, tuple(arguments.sbatch),
+        tuple(arguments.setup), arguments.chain, arguments.restarts, recipe.checkpoint.grace_seconds,
+        tuple(arguments.sbatch),
     )  # fmt: skip
     text = jobs.script(job, Path(arguments.recipe), overrides, recipe.run_dir, sweep)
     if arguments.dry_run:
@@ -490,9 +496,9 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     file = jobs.write(text, recipe.run_dir)
     numbers = jobs.submit(file, arguments.chain)
     print(f"submitted  {', '.join(numbers)} by {file}")
-    print(f"watch      squeue -j {','.join(numbers)}; tail -F {file.parent}/{numbers[0]}*.log")
+    print(f"watch      squeue -j {','.join(numbers)}; tail -F {shlex.quote(str(file.parent))}/{numbers[0]}*.log")
     print(f"cancel     scancel {' '.join(numbers)}; to save first: scancel --signal=USR1 {numbers[0]}")
-    print(f"resume     sbatch {file}")
+    print(f"resume     sbatch {shlex.quote(str(file))}")
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, repository: str | None) -> int:

@@ -17,7 +17,7 @@ from test_launch import ON_HOSTS, skip_if
 
 from fullft.cli import main
 from fullft.errors import BadInput
-from fullft.submit import NETWORKS, Job, counts, points, run_dir_of, script
+from fullft.submit import NETWORKS, TRAIN, Job, counts, points, run_dir_of, script
 
 Submit = Callable[..., str]
 
@@ -146,3 +146,12 @@ def test_an_array_of_one_trains_where_it_was_checked() -> None:
     text = script(Job("1", 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
     assert "run=runs/r-seed=7; overrides=(train.seed=7 run_dir=runs/r-seed=7)" in text
     assert "run=runs/r; overrides=()" in script(Job("1", 8), Path("r.yaml"), [], "runs/r", points([]))
+
+
+def test_the_template_is_what_submit_renders() -> None:
+    template = REPOSITORY / "launch" / "slurm" / "train.sbatch"
+    job = Job("8", 8, "24:00:00", "gpu", network="infiniband", grace_seconds=600)
+    text = script(job, Path("launch/recipes/llama-3.1-70b.yaml"), [], "runs/llama-3.1-70b-math", [[]])
+    lines = template.read_text().splitlines(keepends=True)
+    kept = "".join(line for line in lines if not line.startswith("# EDIT: "))
+    assert kept == text.replace(f"{sys.executable} {TRAIN}", "python launch/train.py")
