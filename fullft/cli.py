@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -297,10 +298,17 @@ def check(path: str, overrides: list[str], world_size: int, gpu: str | None, res
     print("ok")
 
 
+def _log_of_deepspeed_to_stderr() -> None:
+    """Its logger writes to what stdout is when it is imported, as on a machine without GPU; here results stand there."""
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed  # noqa: F401
+
+
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Print the plan; a run that does not fit is told with exit code 1."""
     import json
 
+    _log_of_deepspeed_to_stderr()
     from fullft.planner import show
 
     arguments.gpu_given, arguments.gpu = arguments.gpu is not None, arguments.gpu or "h100-80gb"
@@ -319,6 +327,7 @@ def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
     recipe = load_recipe(arguments.recipe, overrides)
     import json
 
+    _log_of_deepspeed_to_stderr()
     from fullft import rehearsal
 
     try:
@@ -335,6 +344,7 @@ def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def examine(arguments: argparse.Namespace, overrides: list[str]) -> NoReturn:
     """This host, those of a hostfile, or those of all ranks, if this was started on several."""
+    _log_of_deepspeed_to_stderr()
     from fullft import cluster
     from fullft.doctor.examine import doctor
 

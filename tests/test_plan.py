@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -234,6 +237,13 @@ def test_the_verb(
     assert run("plan", "--model", str(tmp_path / "nowhere")) == 2
     assert run("plan", "--params", "30b") == 2
     assert run("plan", "--params", "lots", "--layers", "3") == 2
+
+
+def test_nothing_but_the_plan_is_on_stdout_of_a_machine_without_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "fullft.cli", "plan", "--params", "8b", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["fits"] is (done.returncode == 0), done.stderr
 
 
 def test_sizes_alone_are_enough(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
