@@ -299,7 +299,7 @@ def check(path: str, overrides: list[str], world_size: int, gpu: str | None, res
 
 
 def _log_of_deepspeed_to_stderr() -> None:
-    """Its logger writes to what stdout is when it is imported, as on a machine without GPU; here results stand there."""
+    """Its logger writes to what stdout is when it is imported (that there is no GPU); here results stand there."""
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed  # noqa: F401
 
