@@ -86,11 +86,12 @@ exit_code() {
   now=$(state)
   status=$(sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p' <<< "$now" | head -n 1)
   say "run $folder: ${status:-not started}, exit code of the launcher $1"
-  if [ "$status" = "done" ]; then return 0; fi
   if [ "$now" = "$2" ]; then # this start has not come so far as to say anything
     if [ -n "$signalled" ]; then return 85; fi
+    if [ "$status" = "done" ] && [ "$1" = 0 ]; then return 0; fi # it was done before, and nothing was left to do
     return $(($1 == 0 || $1 > 128 ? 1 : $1))
   fi
+  if [ "$status" = "done" ]; then return 0; fi
   if [ -e "$folder/REQUEUE" ]; then return 85; fi
   if [ "$status" = stopped ] && grep -q '"gate"' <<< "$now"; then return 75; fi
   return 1

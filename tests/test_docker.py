@@ -81,6 +81,7 @@ def text(name: str) -> str:
 def test_compose_starts_two_nodes_of_the_cpu_variant_that_share_keys_and_runs() -> None:
     services = yaml.safe_load(text("compose.yaml"))["services"]
     listed = [line.split()[0] for line in text("hostfile").splitlines() if line and not line.startswith("#")]
+    assert "!docker/hostfile" in (REPOSITORY / ".dockerignore").read_text().splitlines()
     first, second = (services[name] for name in listed)  # by these names they find each other
     assert second["command"] == ["sshd"]
     assert first["command"][:3] == ["train", "--hostfile", "/opt/fullft/docker/hostfile"]
