@@ -179,7 +179,7 @@ def main() -> int:
     try:
         match arguments.verb:
             case "check":
-                check(arguments.recipe, overrides, arguments.world_size, arguments.gpu, arguments.resolved)
+                check(arguments.recipe, overrides, arguments.world_size, arguments.resolved, arguments.gpu)
             case "plan":
                 return plan(arguments, overrides)
             case "rehearse":
@@ -261,7 +261,7 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def check(path: str, overrides: list[str], world_size: int, gpu: str | None, resolved: bool) -> None:
+def check(path: str, overrides: list[str], world_size: int, resolved: bool, gpu: str | None = None) -> None:
     """Everything that training checks before it forms a process group; tokenizes the data into the cache."""
     recipe = load_recipe(path, overrides)
     if resolved:
