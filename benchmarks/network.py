@@ -72,7 +72,10 @@ def measure(folder: Path, hosts: int, per_host: int, limits: list[int]) -> dict[
         steps = []
         for way in WAYS:
             facts = do("build", *way)[0]
-            wanted = {kind: size * gloo[kind.split("_")[1]] for kind, size in facts["bytes"].items()}
+            wanted = {
+                kind: size * gloo["reduce" if kind == "reduce_scatter" else "gather"]
+                for kind, size in facts["bytes"].items()
+            }
             fast = do("steps", 5)
             steps.append(row(way, None, fast, sum(wanted.values()), fast, None))
             for limit in limits if way == WAYS[0] else []:

@@ -101,8 +101,8 @@ def draw(curves: list[Curve]) -> str:
         for (a, b), shows, fits in zip(places, one.shows, one.fits, strict=True):
             fill, faint = "white" if shows else color, "" if fits else ' opacity=".4"'
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" stroke="{color}" fill="{fill}"{faint}/>')
-        end = f"{one.model}, {one.network} Gb/s"
-        parts.append(f'<text x="{right + 10}" y="{places[-1][1] + 4:.1f}" fill="{color}">{end}</text>')
+        end, at = f"{one.model}, {one.network} Gb/s", places[-1][1] + {400: -3, 100: 10}.get(one.network, 4)
+        parts.append(f'<text x="{right + 10}" y="{at:.1f}" fill="{color}">{end}</text>')
     note = "Empty: communication is longer than computation. Faint: does not fit by the plan."
     parts.append(f'<text x="{left}" y="{bottom + 36}">{note}</text>')
     return (
