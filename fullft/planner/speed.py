@@ -103,7 +103,7 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
     """Bytes that a GPU receives for a micro-batch. With N GPUs on n nodes of g, and M bytes of parameters:
 
     gather, reduce   link M · (g - 1) / g; network M · (N - 1) / N for a node, shared by the cards of its g GPUs: rings,
-                     of which each edge carries (N - 1) / N, that between nodes as well (NCCL; gloo's was counted)
+                     of which each edge carries (N - 1) / N, that between nodes as well (not counted here)
     hpZ              the gather of backward stays in the node; quantized weights 1/2 of bf16's
     quantized gradients  1/4 of bf16's, over the network M · (n - 1) / n of them: summed in the node first (ZeRO++)
     all-to-all       Ulysses: 4 in forward (q, k, v, result), as many in backward and in recomputation, of each
