@@ -19,12 +19,8 @@ from fullft.submit import NETWORKS
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
 
-_FLAGS = (
-    "--resolved",
-    "--sweep",
-    "--json",
-    "--search",
-)  # the options of the verbs with overrides that may stand without a value
+# The options of the verbs with overrides that may stand without a value.
+_FLAGS = ("--resolved", "--sweep", "--json", "--search", "--dry-run")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
