@@ -833,6 +833,8 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_saved_with_file_and_row(stopp
         ("--local_rank=0 eval r.yaml --model lr=1 --out x=1 --base=b=2 deepspeed=z.json", "deepspeed=z.json"),
         ("check r.yaml trian.steps=5", "trian.steps=5"),  # told as an unknown key
         ("eval runs=old --model m train.steps=5", "train.steps=5"),  # a folder
+        ("submit r.yaml --dry-run train.steps=5", "train.steps=5"),
+        ("plan r.yaml --json train.steps=5 --search data.train=a.jsonl", "train.steps=5 data.train=a.jsonl"),
         ("report lr=1e-5 --out x=1.html", ""),
         ("export train.steps=5 out", ""),
     ],
