@@ -124,7 +124,6 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
         problems.append("train.precision: bf16 takes a CPU hours; rehearse there with train.precision=fp32")
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
     problems += kernels.lacks(recipe, meta.config, gpu)
-    problems += kernels.lacks(recipe, meta.config, gpu)
     problems += length_problems(recipe, meta) + parallel_problems(recipe, model.attention_of(recipe.model))
     if train.mlp_tiles > 1:
         problems.attempt(require_tileable, meta)
