@@ -1,9 +1,15 @@
 """What a chat model can do before it is fine-tuned, as small local tasks: facts by choice, and short instructions whose
-answer can be checked. Written for benchmarks/forgetting.py; general knowledge, from no data set."""
+answer can be checked. General knowledge, from no data set.
+
+    python -m benchmarks.abilities FOLDER      # writes facts.jsonl and instructions.jsonl
+"""
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 _CAPITALS = {
@@ -51,3 +57,13 @@ def instructions() -> list[dict[str, Any]]:
 
 # An answer is right if it has the word in quotes, in bold, in a sentence that ends with it, or alone.
 ANSWER = r"(\w+)\W*$"
+
+
+def write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("facts", facts()), ("instructions", instructions())):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

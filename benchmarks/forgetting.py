@@ -149,8 +149,7 @@ def real_subject(arguments: argparse.Namespace, folder: Path) -> Subject:
             quickstart.write_rows(inputs / f"{file.stem}.jsonl", [{"text": one} for one in general_texts(file)[:16]])
             source = str(inputs / f"{file.stem}.jsonl")
         tasks.append({"name": file.stem, "kind": "text", "data": source})
-    quickstart.write_rows(inputs / "facts.jsonl", abilities.facts())
-    quickstart.write_rows(inputs / "instructions.jsonl", abilities.instructions())
+    abilities.write(inputs)
     tasks += [
         {"name": "facts", "kind": "multiple_choice", "data": str(inputs / "facts.jsonl")},
         {"name": "instructions", "kind": "generate", "data": str(inputs / "instructions.jsonl"),
