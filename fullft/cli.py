@@ -43,7 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
 
     _plan_parser(verbs)
+    _before_parsers(verbs)
+    _measuring_parsers(verbs)
+    _submit_parser(verbs)
+    _after_parsers(verbs)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser
 
+
+def _before_parsers(verbs: Any) -> None:
+    """What looks at machines and data before training."""
     verb = verbs.add_parser(
         "rehearse",
         usage="fullft rehearse RECIPE.yaml --world-size N [--device cpu|cuda] [options] [key.path=value ...]",
@@ -84,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--rows", type=int, default=3, metavar="N", help="documents of each set shown (default 3)")
     verb.add_argument("--html", type=Path, metavar="FILE", help="also write a page for the browser")
 
+
+def _measuring_parsers(verbs: Any) -> None:
+    """What measures models, and tells of runs."""
     verb = verbs.add_parser(
         "report",
         help="write report.html and report.json: verdict, curves, answers; of several runs side by side",
@@ -127,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--recipe", help="whose tasks are measured (default: that of the run folder)")
     verb.add_argument("--out", type=Path, metavar="FOLDER", help="for blend.json (default: the run folder)")
 
+
+def _submit_parser(verbs: Any) -> None:
     verb = verbs.add_parser(
         "submit",
         usage="fullft submit RECIPE.yaml --nodes N --gpus-per-node G [options] [key.path=value ...] [--dry-run]",
@@ -152,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--restarts", type=int, default=3, metavar="N", help="after failures that may pass (default 3)")
     verb.add_argument("--dry-run", action="store_true", help="check, and print the script")
 
+
+def _after_parsers(verbs: Any) -> None:
+    """What is done with a run that has ended."""
     verb = verbs.add_parser("export", help="make a Hugging Face folder of a checkpoint, without GPU, in little memory")
     verb.add_argument("run_dir", type=Path)
     verb.add_argument("out", type=Path, metavar="OUT", help="new folder")
@@ -164,9 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--workspace", action="store_true", help="also save a view of the project with fullft's charts (new each time)"
     )
-
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser
 
 
 def main() -> int:

@@ -69,41 +69,10 @@ def preflight(
     Raises:
         BadInput: with every problem found.
     """
+    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
+    config, meta, tokenizer, attention = _parts(recipe, world_size, ranks_per_node, gpus)
     problems = Problems()
     attempt = problems.attempt
-    gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
-    config = attempt(engine.read_config, recipe)
-    config = config and attempt(engine.fit_to_nodes, config, recipe, world_size, ranks_per_node, gpus)
-    geometry = attempt(engine.geometry, recipe, world_size)
-    attempt(check_run_folder, recipe)
-    if recipe.export.push_to_hub:
-        attempt(require_hub, recipe.export.push_to_hub)
-    for source in _sources(recipe):
-        attempt(source_files, source)
-    meta = attempt(model.on_meta, recipe.model)
-    # A missing folder has been reported once; the tokenizer would report it again.
-    tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
-    if tokenizer is not None and recipe.model.grows:
-        meta = attempt(model.on_meta, recipe.model, tokenizer)
-    if meta is not None:
-        problems += model.weights_of(recipe, meta, config or {"zero_optimization": {}}).problems
-    if meta is not None and tokenizer is not None:
-        problems += _vocabulary_problems(meta, tokenizer) + length_problems(recipe, meta)
-        attempt(rehearse, meta, tokenizer)
-    attention = attempt(model.attention_of, recipe.model) if meta is not None else None
-    if attention is not None:
-        problems += parallel_problems(recipe, attention)
-    if meta is not None and recipe.train.mlp_tiles > 1:
-        attempt(require_tileable, meta)
-        tokens = recipe.train.sequences_at_once * recipe.data.sequence_length // recipe.train.sequence_parallel
-        if recipe.train.mlp_tiles > tokens:
-            problems.append(f"train.mlp_tiles: {recipe.train.mlp_tiles} parts of the {tokens} tokens of a micro-batch")
-    if meta is not None and recipe.train.layerwise_lr_decay < 1:
-        attempt(layer_depths, meta)
-    problems += _remedy_problems(recipe, config or {})
-    if problems or config is None or geometry is None or meta is None or tokenizer is None or attention is None:
-        raise BadInput(problems)
-
     facts = model.facts(meta)
     precision = model.precision(recipe, on_gpu)
     gpu = gpu or (hardware.here() if gpus else None)
@@ -156,6 +125,50 @@ def preflight(
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence, attention)
+
+
+def _parts(
+    recipe: Recipe, world_size: int, ranks_per_node: int | None, gpus: bool
+) -> tuple[dict[str, Any], PreTrainedModel, PreTrainedTokenizerBase, model.Attention]:
+    """DeepSpeed's configuration, model on the meta device, tokenizer and attention.
+
+    Raises:
+        BadInput: with every problem of recipe, files and model.
+    """
+    problems = Problems()
+    attempt = problems.attempt
+    config = attempt(engine.read_config, recipe)
+    config = config and attempt(engine.fit_to_nodes, config, recipe, world_size, ranks_per_node, gpus)
+    geometry = attempt(engine.geometry, recipe, world_size)
+    attempt(check_run_folder, recipe)
+    if recipe.export.push_to_hub:
+        attempt(require_hub, recipe.export.push_to_hub)
+    for source in _sources(recipe):
+        attempt(source_files, source)
+    meta = attempt(model.on_meta, recipe.model)
+    # A missing folder has been reported once; the tokenizer would report it again.
+    tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
+    if tokenizer is not None and recipe.model.grows:
+        meta = attempt(model.on_meta, recipe.model, tokenizer)
+    if meta is not None:
+        problems += model.weights_of(recipe, meta, config or {"zero_optimization": {}}).problems
+    if meta is not None and tokenizer is not None:
+        problems += _vocabulary_problems(meta, tokenizer) + length_problems(recipe, meta)
+        attempt(rehearse, meta, tokenizer)
+    attention = attempt(model.attention_of, recipe.model) if meta is not None else None
+    if attention is not None:
+        problems += parallel_problems(recipe, attention)
+    if meta is not None and recipe.train.mlp_tiles > 1:
+        attempt(require_tileable, meta)
+        tokens = recipe.train.sequences_at_once * recipe.data.sequence_length // recipe.train.sequence_parallel
+        if recipe.train.mlp_tiles > tokens:
+            problems.append(f"train.mlp_tiles: {recipe.train.mlp_tiles} parts of the {tokens} tokens of a micro-batch")
+    if meta is not None and recipe.train.layerwise_lr_decay < 1:
+        attempt(layer_depths, meta)
+    problems += _remedy_problems(recipe, config or {})
+    if problems or config is None or geometry is None or meta is None or tokenizer is None or attention is None:
+        raise BadInput(problems)
+    return config, meta, tokenizer, attention
 
 
 def _choose(
