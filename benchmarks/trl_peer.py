@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path[0] = str(Path(__file__).parent.parent)  # here are an io.py and a data.py
+
 
 def main() -> None:
     import deepspeed.ops
