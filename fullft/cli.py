@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fullft.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, BadInput
 from fullft.recipe import Recipe, load_recipe
@@ -17,7 +19,8 @@ from fullft.submit import NETWORKS
 if TYPE_CHECKING:
     from fullft.cluster import Cluster
 
-_FLAGS = ("--resolved", "--sweep", "--json")  # the options of the verbs with overrides that may stand without a value
+# The options of the verbs with overrides that may stand without a value.
+_FLAGS = ("--resolved", "--sweep", "--json", "--search", "--dry-run")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -36,7 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--world-size", type=int, default=1, metavar="N", help="ranks (GPUs) the run will have (default 1)"
     )
+    verb.add_argument("--gpu", metavar="NAME", help="they will be these, as `fullft plan` names them: does it fit?")
     verb.add_argument("--resolved", action="store_true", help="print the recipe with all defaults")
+
+    _plan_parser(verbs)
 
     verb = verbs.add_parser(
         "rehearse",
@@ -127,8 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         help="check everything, then train as a Slurm job that is requeued until it is done",
     )
     verb.add_argument("recipe", help="recipe.yaml")
-    verb.add_argument("--nodes", type=int, required=True, metavar="N")
+    verb.add_argument("--nodes", required=True, metavar="N", help="or N-M: after a node is lost it goes on with fewer")
     verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="and ranks (default 8)")
+    verb.add_argument("--gpu", metavar="NAME", help="they are these, as `fullft plan` names them: does it fit?")
     verb.add_argument("--time", metavar="HH:MM:SS", help="limit of the job; runs that are longer go on in the next")
     verb.add_argument("--partition", metavar="NAME")
     verb.add_argument("--account", metavar="NAME")
@@ -168,7 +175,9 @@ def main() -> int:
     try:
         match arguments.verb:
             case "check":
-                check(arguments.recipe, overrides, arguments.world_size, arguments.resolved)
+                check(arguments.recipe, overrides, arguments.world_size, arguments.resolved, arguments.gpu)
+            case "plan":
+                return plan(arguments, overrides)
             case "rehearse":
                 return rehearse(arguments, overrides)
             case "doctor":
@@ -194,7 +203,7 @@ def main() -> int:
     except BadInput as error:
         done = {
             "export": "exported", "blend": "blended", "eval": "evaluated", "report": "written", "wandb": "sent",
-            "submit": "submitted", "rehearse": "rehearsed", "doctor": "examined",
+            "submit": "submitted", "rehearse": "rehearsed", "doctor": "examined", "plan": "planned",
         }.get(arguments.verb)  # fmt: skip
         consequence = f"nothing was {done}" if done else "training was not started"
         print(error.report(consequence), file=sys.stderr, end="")
@@ -205,13 +214,38 @@ def main() -> int:
     return EXIT_DONE
 
 
+def _plan_parser(verbs: Any) -> None:
+    verb = verbs.add_parser(
+        "plan",
+        usage="""fullft plan RECIPE.yaml --nodes N --gpus-per-node G --gpu NAME [options] [key.path=value ...]
+       fullft plan --model FOLDER_OR_HUB_NAME | --params 70b [--layers L] [options] [key.path=value ...]""",
+        help="whether a run fits, what a step takes and what a run costs, from the model's config alone",
+    )
+    verb.add_argument("recipe", nargs="?", help="recipe.yaml")
+    verb.add_argument("--model", metavar="MODEL", help="Hugging Face folder or hub name, without a recipe")
+    verb.add_argument("--params", metavar="P", help="of a Llama: 7b, 8b, 13b, 70b, 405b, or any with --layers")
+    verb.add_argument("--layers", type=int, metavar="L", help="of --params")
+    verb.add_argument("--hidden", type=int, metavar="H", help="of --params (default: what P leaves for L layers)")
+    verb.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    verb.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
+    verb.add_argument("--gpu", metavar="NAME", help="default h100-80gb; --gpu ? lists them")
+    verb.add_argument("--hardware", metavar="FILE", help="YAML with more GPUs, as fullft/planner/hardware.yaml")
+    verb.add_argument("--network-gbps", type=float, metavar="X", help="Gb/s for each GPU, in place of the table's")
+    verb.add_argument("--efficiency", type=float, metavar="X", help="share of the best matmul (default 0.62)")
+    verb.add_argument("--tokens", type=float, metavar="X", help="of the run (default: of the prepared data)")
+    verb.add_argument("--price-per-gpu-hour", type=float, metavar="X", help="for the cost")
+    verb.add_argument("--search", action="store_true", help="the smallest and the cheapest cluster for it")
+    verb.add_argument("--plot", type=Path, metavar="FILE", help="also draw the memory, .svg or .png")
+    verb.add_argument("--json", action="store_true", help="print all of it as JSON")
+
+
 def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(words for argparse, overrides `key.path=value`), which may stand anywhere, as argparse cannot do behind a verb.
 
     A word that names no section of a recipe is one too, and told as an unknown key, unless it is a file or folder.
     """
     verb = next((word for word in words if not word.startswith("-")), "")
-    if verb not in ("check", "rehearse", "doctor", "prepare", "inspect", "eval", "blend", "submit"):
+    if verb not in ("check", "plan", "rehearse", "doctor", "prepare", "inspect", "eval", "blend", "submit"):
         return words, []
     rest, overrides, before = list[str](), list[str](), ""
     for word in words:
@@ -223,13 +257,14 @@ def split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> None:
+def check(path: str, overrides: list[str], world_size: int, resolved: bool, gpu: str | None = None) -> None:
     """Everything that training checks before it forms a process group; tokenizes the data into the cache."""
     recipe = load_recipe(path, overrides)
     if resolved:
         print(recipe.to_yaml(), end="")
     import transformers
 
+    from fullft.planner import hardware
     from fullft.planner.memory import GIB
     from fullft.preflight import preflight
     from fullft.retention.baseline import smallest_drops
@@ -238,7 +273,8 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     if world_size < 1:
         raise BadInput(f"--world-size: {world_size} is not a number of ranks")
     # This may be a login node without GPU: what is asked is about the GPUs, unless CPU ranks are wanted.
-    inputs = preflight(recipe, world_size, on_gpu=os.environ.get("DS_ACCELERATOR") != "cpu")
+    on_gpu = gpu is not None or os.environ.get("DS_ACCELERATOR") != "cpu"
+    inputs = preflight(recipe, world_size, on_gpu, gpu=hardware.gpu(gpu) if gpu else None)
     plan = inputs.plan
     print(f"model    {inputs.facts.architecture}, {inputs.facts.parameters:,} parameters")
     print(f"attn     {inputs.attention.name}: {inputs.attention.reason}")
@@ -246,6 +282,9 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
         print(f"data     {line}")
     print(f"run      {plan['steps']:,} steps of {recipe.train.global_batch_size} sequences on {world_size} ranks")
     print(f"memory   {plan['device_bytes_per_rank'] / GIB:.2f} GiB of training state a rank, activations on top")
+    if plan["gpu"]:
+        print(f"         {plan['gpu_bytes'] / GIB:.1f} GiB of a GPU at its peak, by the plan; it is a {plan['gpu']}")
+    print(f"         micro-batch: {plan['micro_batch_why']}")
     print(f"         activation checkpointing: {plan['activation_checkpointing_why']}")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
     for line in smallest_drops(inputs.suite):
@@ -255,11 +294,36 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool) -> N
     print("ok")
 
 
+def _log_of_deepspeed_to_stderr() -> None:
+    """Its logger writes to what stdout is when it is imported (that there is no GPU); here results stand there."""
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed  # noqa: F401
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Print the plan; a run that does not fit is told with exit code 1."""
+    import json
+
+    _log_of_deepspeed_to_stderr()
+    from fullft.planner import show
+
+    arguments.gpu_given, arguments.gpu = arguments.gpu is not None, arguments.gpu or "h100-80gb"
+    with show.recipe_of(arguments, overrides) as (recipe, assumed):
+        found = show.plan(recipe, arguments)
+    if assumed:
+        found["assumed"] = "; ".join(filter(None, (assumed, found["assumed"])))
+    if arguments.plot:
+        show.plot(found, arguments.plot)
+    print(json.dumps(found, indent=1) if arguments.json else show.table(found))
+    return EXIT_DONE if found["fits"] else EXIT_FAILED
+
+
 def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """Measure rank 0 of N; a rehearsal that does not fit, or fails, is told with exit code 1."""
     recipe = load_recipe(arguments.recipe, overrides)
     import json
 
+    _log_of_deepspeed_to_stderr()
     from fullft import rehearsal
 
     try:
@@ -276,6 +340,7 @@ def rehearse(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def examine(arguments: argparse.Namespace, overrides: list[str]) -> NoReturn:
     """This host, those of a hostfile, or those of all ranks, if this was started on several."""
+    _log_of_deepspeed_to_stderr()
     from fullft import cluster
     from fullft.doctor.examine import doctor
 
@@ -399,23 +464,36 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """Check recipe, model, data and cluster as training would, render the job script, and hand it to Slurm."""
     from fullft import submit as jobs
 
-    for name in ("nodes", "gpus_per_node", "chain", "restarts"):
+    nodes = jobs.counts(arguments.nodes)
+    for name in ("gpus_per_node", "chain", "restarts"):
         if (value := getattr(arguments, name)) < (name != "restarts"):
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
+    if arguments.container and not Path("launch/train.py").exists():
+        raise BadInput(
+            "--container: the image runs launch/train.py of the folder where you submit, and there is none here"
+        )
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
+    from fullft.engine import geometry
+    from fullft.planner import hardware
     from fullft.preflight import preflight
 
+    gpu = hardware.gpu(arguments.gpu) if arguments.gpu else None
+    on_gpu = os.environ.get("DS_ACCELERATOR") != "cpu"
     for point in sweep:
         own = load_recipe(arguments.recipe, [*overrides, *point, f"run_dir={jobs.run_dir_of(recipe.run_dir, point)}"])
-        ranks, on_gpu = arguments.gpus_per_node, os.environ.get("DS_ACCELERATOR") != "cpu"
-        inputs = preflight(own, arguments.nodes * ranks, on_gpu, ranks)
+        ranks = arguments.gpus_per_node
+        # With more nodes memory is less scarce.
+        inputs = preflight(own, nodes[0] * ranks, gpu is not None or on_gpu, ranks, gpu=gpu)
+        for more in nodes[1:]:
+            geometry(own, more * ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
     job = jobs.Job(
         arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account,
         arguments.cpus_per_task, arguments.network, arguments.container, tuple(arguments.mount),
-        tuple(arguments.setup), arguments.chain, arguments.restarts, tuple(arguments.sbatch),
+        tuple(arguments.setup), arguments.chain, arguments.restarts, recipe.checkpoint.grace_seconds,
+        tuple(arguments.sbatch),
     )  # fmt: skip
     text = jobs.script(job, Path(arguments.recipe), overrides, recipe.run_dir, sweep)
     if arguments.dry_run:
@@ -424,9 +502,9 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     file = jobs.write(text, recipe.run_dir)
     numbers = jobs.submit(file, arguments.chain)
     print(f"submitted  {', '.join(numbers)} by {file}")
-    print(f"watch      squeue -j {','.join(numbers)}; tail -F {file.parent}/{numbers[0]}*.log")
+    print(f"watch      squeue -j {','.join(numbers)}; tail -F {shlex.quote(str(file.parent))}/{numbers[0]}*.log")
     print(f"cancel     scancel {' '.join(numbers)}; to save first: scancel --signal=USR1 {numbers[0]}")
-    print(f"resume     sbatch {file}")
+    print(f"resume     sbatch {shlex.quote(str(file))}")
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: str | None, repository: str | None) -> int:

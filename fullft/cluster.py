@@ -95,6 +95,13 @@ def _from_torch(env: Mapping[str, str]) -> Cluster:
         # Leftover RANK/WORLD_SIZE of a shell make every process rank 0 of 1, each training alone into the same folder.
         if size is not None and size > 1 and world == 1:
             raise BadInput(f"{name} started {size} processes, but WORLD_SIZE=1 is set: unset RANK and WORLD_SIZE first")
+    ranks = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID") if launcher != "torchrun" else ()
+    told = next((name for name in ranks if name in env), "")  # mpirun's is nearer than that of the step it runs in
+    if told and world in (_mpi_size(env), _slurm_size(env)) and rank != _number(env, told):
+        raise BadInput(
+            f"RANK={rank}, but {told}={env[told]}: RANK was set once for several processes, e.g. in the batch script, "
+            "which runs on one node; leave it out under srun and mpirun, or set it in the command that they start"
+        )
     per_node = next((_number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
     if launcher == "deepspeed" and rank == 0 and per_node == world and _is_elsewhere(env["MASTER_ADDR"]):
         raise BadInput(

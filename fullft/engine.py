@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fullft.data.batches import Geometry
+from fullft.deepspeed_keys import key_problems
 from fullft.errors import BadInput
 from fullft.model import Facts
 from fullft.recipe import Recipe
@@ -19,13 +20,16 @@ from fullft.recipe import Recipe
 _PACKAGE = Path(__file__).parent  # its ds_configs is that of the repository: a link here, files in a wheel
 
 
-def geometry(recipe: Recipe, world_size: int) -> Geometry:
+def geometry(recipe: Recipe, world_size: int, micro_batch_size: int | None = None) -> Geometry:
     """Gradient accumulation from the global batch and the world size.
+
+    micro_batch_size: in place of the recipe's, where that is `auto`; until it is chosen, 1.
 
     Raises:
         BadInput: the ranks make no groups of train.sequence_parallel, or the global batch cannot be shared evenly.
     """
-    size, micro, parts = recipe.train.global_batch_size, recipe.train.micro_batch_size, recipe.train.sequence_parallel
+    size, parts = recipe.train.global_batch_size, recipe.train.sequence_parallel
+    micro = micro_batch_size or recipe.train.sequences_at_once
     if world_size % parts:
         raise BadInput(
             f"train.sequence_parallel: {world_size} ranks make no groups of {parts}; it must divide their number"
@@ -44,22 +48,31 @@ def geometry(recipe: Recipe, world_size: int) -> Geometry:
     return Geometry(size, micro, accumulation, world_size, recipe.train.seed, parts)
 
 
+_DECIDED_BY_RECIPE = {
+    "optimizer": "train.*", "scheduler": "train.schedule", "sequence_parallel_size": "train.sequence_parallel",
+    "train_batch_size": "train.global_batch_size", "gradient_accumulation_steps": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size", "gradient_clipping": "train.max_grad_norm",
+}  # fmt: skip
+_WITHOUT_MASTER_WEIGHTS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+
+
 def read_config(recipe: Recipe) -> dict[str, Any]:
     """The DeepSpeed configuration file, as it stands.
 
     Raises:
-        BadInput: missing, not JSON, or not ZeRO stage 3.
+        BadInput: missing, not JSON, not ZeRO stage 3, with keys that DeepSpeed does not know or the recipe decides, or
+            without fp32 master weights.
     """
     path = Path(recipe.deepspeed)
     if not path.exists() and not path.is_absolute():
         path = _PACKAGE / path
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(), object_pairs_hook=_each_key_once)
     except FileNotFoundError:
         raise BadInput(
             f"deepspeed: {recipe.deepspeed} does not exist (looked in {Path.cwd()} and {_PACKAGE})"
         ) from None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"deepspeed: {recipe.deepspeed} is not valid JSON: {error}") from None
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
@@ -67,12 +80,40 @@ def read_config(recipe: Recipe) -> dict[str, Any]:
     stage = zero.get("stage")
     if stage != 3:
         raise BadInput(f"deepspeed: {recipe.deepspeed} has zero_optimization.stage {stage}; fullft shards with stage 3")
-    for ours, theirs in (("train.*", "optimizer"), ("train.schedule", "scheduler")):
-        if theirs in config:
-            raise BadInput(
-                f"deepspeed: {recipe.deepspeed} has a section '{theirs}'; remove it, the recipe's {ours} decides"
-            )
+    problems = [
+        f"has '{theirs}'; remove it, the recipe's {ours} decides"
+        for theirs, ours in _DECIDED_BY_RECIPE.items()
+        if config.get(theirs, "auto") != "auto"
+    ]
+    problems += [
+        f"turns on '{section}'; remove it, the recipe's train.precision decides"
+        for section in ("fp16", "torch_autocast")
+        if _is_on(config, section, "enabled")
+    ]
+    if lossy := [key for key in _WITHOUT_MASTER_WEIGHTS if _is_on(config, "bf16", key)]:
+        problems.append(
+            f"has {' and '.join(f'bf16.{key}' for key in lossy)}: without fp32 master weights, updates below 1/512 "
+            "of a weight are rounded away, and with the learning rates of fine-tuning these are most; remove it, and "
+            "offload with ds_configs/zero3_offload.json if memory is short"
+        )
+    if not problems:
+        problems = key_problems(config)
+    if problems:
+        raise BadInput([f"deepspeed: {recipe.deepspeed} {problem}" for problem in problems])
     return config
+
+
+def _is_on(config: dict[str, Any], section: str, key: str) -> bool:
+    """As DeepSpeed reads it: 1 and "true" are true."""
+    value = config[section].get(key) if isinstance(config.get(section), dict) else None
+    return str(value).lower() not in ("none", "auto", "false", "0", "off", "no", "n", "f")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON keeps the last of two equal keys without a word."""
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"key '{twice[0]}' is given twice")
+    return dict(pairs)
 
 
 def fill_config(
@@ -85,7 +126,7 @@ def fill_config(
     bf16 = precision == torch.bfloat16
     if bf16 and plan.accumulation > 1:
         # Unset, micro-batches are summed in bf16, whose 8 bits lose small gradients.
-        config = {"data_types": {"grad_accum_dtype": "fp32"}} | config
+        config = config | {"data_types": {"grad_accum_dtype": "fp32"} | (config.get("data_types") or {})}
     return config | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -176,6 +217,16 @@ def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
     )
 
 
+def require_same_micro_batch(told: list[tuple[str, int]]) -> None:
+    """Raises BadInput if train.micro_batch_size `auto` has come to different sizes: (host, size) of each rank."""
+    if len({size for _, size in told}) == 1:
+        return
+    of = ", ".join(f"{size} on {host}" for host, size in sorted(set(told))[:8])
+    raise BadInput(
+        f"train.micro_batch_size: auto comes to {of}, as their GPUs differ; give a number, the smallest of these"
+    )
+
+
 def for_evaluation(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration file's content without what is of use in training only, or keeps shards from being read."""
     training = ("offload_optimizer", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients")
@@ -197,8 +248,27 @@ def start(model: Any, optimizer: torch.optim.Optimizer | None, config: dict[str,
     import deepspeed
 
     _import_muon()
+    for module in _expert_blocks(model):
+        deepspeed.utils.set_z3_leaf_module(module, True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
+
+
+def _expert_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that send each token to some of a list of experts: told by a child with a row for each of them.
+
+    Experts in one tensor are gathered together anyway. Modules of a list would be gathered one by one, as tokens ask
+    for them, and differently on each rank, whose collectives then do not match: the run aborts, or hangs.
+    """
+    return [
+        module
+        for module in model.modules()
+        for experts in module.children()
+        if isinstance(experts, torch.nn.ModuleList) and len(experts) > 1
+        for router in module.children()
+        for weight in router.parameters(recurse=False)
+        if len(shape := getattr(weight, "ds_shape", weight.shape)) == 2 and shape[0] == len(experts)
+    ]
 
 
 def _import_muon() -> None:

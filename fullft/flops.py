@@ -28,12 +28,7 @@ from numpy.typing import NDArray
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-# Dense bf16 TFLOP/s by torch.cuda.get_device_name(), the first name that is part of it. From the vendors' data sheets,
-# half of what they give with sparsity; most stand in stas00/ml-engineering, compute/accelerator (August 2026).
-PEAK_TFLOPS = {
-    "GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0, "H100 PCIe": 756.0,
-    "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "MI300X": 1300.0,
-}  # fmt: skip
+from fullft.planner import hardware
 
 
 class UnknownArchitectureError(ValueError):
@@ -195,5 +190,5 @@ def peak_flops() -> float | None:
     """Dense bf16 FLOP/s of this process's GPU by its data sheet; None of a CPU or an unknown GPU."""
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    peak = hardware.peak_tflops(torch.cuda.get_device_name())
+    return None if peak is None else 1e12 * peak

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,10 @@ from fullft.documents import VARLEN
 from fullft.errors import BadInput, Problems
 from fullft.export import rehearse, require_hub
 from fullft.optim import layer_depths
+from fullft.planner import choose, hardware
 from fullft.planner import memory as planner
+from fullft.planner.hardware import Gpu
+from fullft.planner.setting import Setting, setting_of
 from fullft.recipe import Recipe, Source, differences, identity, load_recipe
 from fullft.retention import baseline
 from fullft.retention.budget import too_long
@@ -57,10 +59,12 @@ def preflight(
     on_gpu: bool | None = None,
     ranks_per_node: int | None = None,
     room: bool = True,
+    gpu: Gpu | None = None,
 ) -> Inputs:
     """Check recipe, files, model, data and run folder against each other, and tokenize the data if the cache lacks it.
 
     room: whether the disk must have room for checkpoints and export; False where none will be written.
+    gpu: what the ranks will have; default: what this process has.
 
     Raises:
         BadInput: with every problem found.
@@ -91,7 +95,7 @@ def preflight(
         problems += parallel_problems(recipe, attention)
     if meta is not None and recipe.train.mlp_tiles > 1:
         attempt(require_tileable, meta)
-        tokens = recipe.train.micro_batch_size * recipe.data.sequence_length // recipe.train.sequence_parallel
+        tokens = recipe.train.sequences_at_once * recipe.data.sequence_length // recipe.train.sequence_parallel
         if recipe.train.mlp_tiles > tokens:
             problems.append(f"train.mlp_tiles: {recipe.train.mlp_tiles} parts of the {tokens} tokens of a micro-batch")
     if meta is not None and recipe.train.layerwise_lr_decay < 1:
@@ -102,10 +106,13 @@ def preflight(
 
     facts = model.facts(meta)
     precision = model.precision(recipe, on_gpu)
-    offload, bf16 = engine.offloads_optimizer(config), precision == torch.bfloat16
-    of_node = config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    planned = planner.plan(recipe, facts, world_size, bf16, offload, geometry.accumulation, of_node)
-    problems += (_disk_problems(recipe, planned) if room else []) + _memory_problems(planned)
+    gpu = gpu or (hardware.here() if gpus else None)
+    setting, why = _choose(recipe, meta, config, world_size, ranks_per_node, precision == torch.bfloat16, gpus, gpu)
+    recipe = recipe.with_micro_batch(setting.micro_batch_size)
+    geometry = engine.geometry(recipe, world_size)
+    planned = planner.plan(setting) | why
+    no_memory, little_memory = _memory_problems(recipe, setting, gpu)
+    problems += (_disk_problems(recipe, planned) if room else []) + no_memory
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
     lacking = _lacks_of_attention(recipe, gpus) + kernels.lacks(recipe, meta.config, gpus)
     elsewhere = gpus and not torch.cuda.is_available()  # a login node: other packages may be where it is trained
@@ -133,7 +140,6 @@ def preflight(
     if recipe.train.profile and recipe.train.profile[1] > total:
         raise BadInput(f"train.profile: {list(recipe.train.profile)} ends after the last optimizer step, {total}")
     suite.plan(total)
-    _choose(recipe, planned, meta, bf16, gpus)
     filled = engine.fill_config(config, recipe, geometry, facts, precision)
     planned |= {
         "steps": total, "sequences": sum(map(len, sets)), "gradient_accumulation_steps": geometry.accumulation,
@@ -146,22 +152,28 @@ def preflight(
     refused, slow = too_long(recipe, suite.tasks, trained, *sizes)
     if refused:
         raise BadInput(refused)
-    warnings = told + (lacking if elsewhere else []) + unlikely(recipe, total, batches) + slow + seldom
-    if "may run out of memory" in (why := planned["activation_checkpointing_why"]):
-        warnings.append(f"train.activation_checkpointing: {why}; more GPUs, a smaller micro-batch, or offloading")
+    warnings = told + little_memory + (lacking if elsewhere else []) + unlikely(recipe, total, batches) + slow + seldom
     if recipe.retention.gate.action in ("stop", "rollback") and all(one.measures == "skill" for one in suite.tasks):
         warnings.append(f"retention.gate.action is {recipe.retention.gate.action}, and no task measures retention")
     return Inputs(tokenizer, facts, batches, suite, total, filled, planned, warnings, meta, divergence, attention)
 
 
-def _choose(recipe: Recipe, planned: dict[str, Any], meta: PreTrainedModel, bf16: bool, gpus: bool) -> None:
-    """What `auto` comes to in train.activation_checkpointing and train.kernels, and why, into the plan."""
-    memory = torch.cuda.get_device_properties(0).total_memory if gpus and torch.cuda.is_available() else None
-    able = meta.supports_gradient_checkpointing
-    planned["activation_checkpointing"], planned["activation_checkpointing_why"] = planner.choose_checkpointing(
-        recipe, planned, planner.layer_of(meta.config), bf16, memory, able
-    )
-    planned["kernels"], planned["kernels_why"] = kernels.choose(recipe, meta.config, gpus)
+def _choose(
+    recipe: Recipe, meta: PreTrainedModel, config: dict[str, Any], world_size: int, ranks_per_node: int | None,
+    bf16: bool, gpus: bool, gpu: Gpu | None,
+) -> tuple[Setting, dict[str, Any]]:  # fmt: skip
+    """What `auto` comes to in train.micro_batch_size, activation_checkpointing and kernels; and that, with reasons, for
+    the plan."""
+    of_node = min(ranks_per_node or 8, world_size)
+    fused, fused_why = kernels.choose(recipe, meta.config, gpus)
+    setting = setting_of(recipe, meta, world_size, of_node, bf16=bf16, config=config, kernels=fused)
+    auto = recipe.train.micro_batch_size == "auto"
+    setting, why = choose.choose(setting, gpu, auto, meta.supports_gradient_checkpointing)
+    return setting, {
+        "kernels": fused, "kernels_why": fused_why, "activation_checkpointing": setting.checkpointing,
+        "activation_checkpointing_why": why["activation_checkpointing"], "micro_batch_why": why["micro_batch_size"],
+        "gpu": gpu and gpu.name, "gpu_bytes": gpu and planner.gpu_memory(setting).peak,
+    }  # fmt: skip
 
 
 def check_run_folder(recipe: Recipe) -> None:
@@ -337,18 +349,21 @@ def _disk_problems(recipe: Recipe, planned: dict[str, Any]) -> list[str]:
     ]
 
 
-def _memory_problems(planned: dict[str, Any]) -> list[str]:
-    if not torch.cuda.is_available():
-        return []
-    memory = torch.cuda.get_device_properties(0).total_memory
-    if (need := planned["device_bytes_per_rank"]) <= memory:
-        return []
-    fewest = math.ceil(planned["world_size"] * need / memory)
-    return [
-        f"the training state needs {need / planner.GIB:.1f} GiB on each of {planned['world_size']} GPUs, they "
-        f"have {memory / planner.GIB:.1f} GiB: start at least {fewest} ranks, or offload with "
-        "deepspeed=ds_configs/zero3_offload.json"
-    ]
+def _memory_problems(recipe: Recipe, setting: Setting, gpu: Gpu | None) -> tuple[list[str], list[str]]:
+    """(why the run does not fit the GPU by the plan, the same where that is only told: train.on_no_memory, or it hangs
+    on what the allocator cannot use, which is an estimate)"""
+    if gpu is None or (needed := planner.gpu_memory(setting)).peak <= gpu.memory_gib * planner.GIB:
+        return [], []
+    found = choose.changes(setting, gpu)
+    advice = "; ".join(one["change"] for one in found) or "more GPUs or a smaller model; nothing tried is enough"
+    said = (
+        f"train: by the plan it takes {needed.peak / planner.GIB:.1f} GiB of a GPU, most of it in {needed.worst}; "
+        f"{gpu.name} has {gpu.memory_gib:.1f}. What would fit, the fastest first: {advice}"
+    )
+    sure = needed.peak - needed.outside[planner.SLACK] > gpu.memory_gib * planner.GIB
+    if sure and recipe.train.on_no_memory == "error":
+        return [f"{said}. (train.on_no_memory=warn starts it all the same)"], []
+    return [], [said]
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,9 @@ class Train(Section):
     epochs: float | None = Field(None, gt=0, description="passes over the training data (default 1; or give steps)")
     steps: int | None = Field(None, ge=1, description="optimizer steps (instead of epochs)")
     global_batch_size: int = Field(64, ge=1, description="sequences of one optimizer step, over all GPUs")
-    micro_batch_size: int = Field(1, ge=1, description="sequences of one forward pass on one GPU")
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="sequences of one forward pass on one GPU; auto: what is fastest of those that fit its memory"
+    )
     learning_rate: float = Field(1e-5, gt=0, description="peak learning rate")
     min_learning_rate: float = Field(0.0, ge=0, description="learning rate at the end of the cosine or linear schedule")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -240,6 +242,9 @@ class Train(Section):
         "matrix product, full the inputs of layers (25 % slower), offload keeps those in host memory; auto: the least "
         "of it that fits the GPU"
     )  # fmt: skip
+    on_no_memory: Literal["error", "warn"] = Field(
+        "error", description="a run that by the plan (`fullft plan`) does not fit the GPU: not started, or told"
+    )
     kernels: Literal["auto", "none", "liger"] = Field(
         "auto", description="fused RMSNorm, rotary embedding and SwiGLU of liger-kernel; auto: on GPUs, if installed "
         "and made for the architecture"
@@ -257,6 +262,11 @@ class Train(Section):
         "loading) after which every rank writes its stacks to hang/ of the run folder, the ranks that are missing or "
         "behind are named, and the run ends; below timeout_minutes, which ends it without a word on who hangs"
     )  # fmt: skip
+
+    @property
+    def sequences_at_once(self) -> int:
+        """micro_batch_size; 1 as long as it is `auto`."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
     @model_validator(mode="after")
     def _consistent(self) -> Train:
@@ -514,6 +524,10 @@ class Recipe(Section):
         data = self.data.model_copy(update={"validation": []})
         return self.model_copy(update={"data": data, "retention": Retention()})  # type: ignore[call-arg]
 
+    def with_micro_batch(self, size: int) -> Recipe:
+        """With what `auto` has come to."""
+        return self.model_copy(update={"train": self.train.model_copy(update={"micro_batch_size": size})})
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -522,7 +536,8 @@ class Recipe(Section):
 _MAY_CHANGE_ON_RESUME = (
     "run_dir", "deepspeed", "tracking.", "checkpoint.", "export.", "data.cache_dir", "data.on_missing_cache",
     "train.micro_batch_size", "train.sequence_parallel", "train.mlp_tiles", "train.profile", "model.attention",
-    "train.activation_checkpointing", "train.kernels", "train.timeout_minutes", "train.hang_timeout",
+    "train.activation_checkpointing", "train.on_no_memory", "train.kernels", "train.timeout_minutes",
+    "train.hang_timeout",
     "retention.generation_batch_size",
     "retention.every_steps", "retention.max_overhead", "retention.gate.", "retention.confidence",
     "train.l2_pull_offload", "train.kl_reference_offload", "model.trust_remote_code",

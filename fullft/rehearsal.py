@@ -97,7 +97,7 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     import torch
 
     from fullft import activations, kernels, model
-    from fullft.planner import memory as planner
+    from fullft.planner import choose, hardware
     from fullft.planner.setting import setting_of
     from fullft.preflight import length_problems, parallel_problems
     from fullft.tiles import require_tileable
@@ -124,19 +124,15 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
         problems.append("train.precision: bf16 takes a CPU hours; rehearse there with train.precision=fp32")
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
     problems += kernels.lacks(recipe, meta.config, gpu)
+    problems += kernels.lacks(recipe, meta.config, gpu)
     problems += length_problems(recipe, meta) + parallel_problems(recipe, model.attention_of(recipe.model))
     if train.mlp_tiles > 1:
         problems.attempt(require_tileable, meta)
     if problems:
         raise BadInput(problems)
-    memory = torch.cuda.get_device_properties(0).total_memory if gpu else None
-    states = planner.plan(
-        recipe, setting.facts, world_size, bf16, planner.offloads(setting, "optimizer"), setting.accumulation
-    )
-    mode, _ = planner.choose_checkpointing(
-        recipe, states, setting.layer, bf16, memory, meta.supports_gradient_checkpointing
-    )
-    return replace(setting, checkpointing=mode, kernels=kernels.choose(recipe, meta.config, gpu)[0])
+    setting = replace(setting, kernels=kernels.choose(recipe, meta.config, gpu)[0])
+    auto, here = recipe.train.micro_batch_size == "auto", hardware.here() if gpu else None
+    return choose.choose(setting, here, auto, meta.supports_gradient_checkpointing)[0]
 
 
 def planned(setting: Setting, device: str) -> dict[str, Any]:
@@ -292,7 +288,7 @@ def build(recipe: Recipe, setting: Setting, gpus_per_node: int) -> tuple[Any, An
     config = engines.fit_to_nodes(
         engines.read_config(recipe), recipe, world_size, min(gpus_per_node, world_size), torch.cuda.is_available()
     )
-    plan = engines.geometry(recipe, world_size)
+    plan = engines.geometry(recipe, world_size, setting.micro_batch_size)
     config = engines.fill_config(config, recipe, plan, setting.facts, model.precision(recipe))
     form_groups(recipe.train.sequence_parallel, recipe.train.timeout_minutes)
     tokenizer = load_tokenizer(recipe.model) if recipe.model.grows else None

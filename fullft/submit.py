@@ -8,6 +8,7 @@ job is put into the queue again, under the same number, and goes on from its new
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 import shutil
@@ -39,15 +40,20 @@ _NETWORKS: dict[str, list[tuple[str, str]]] = {
         ("export FI_EFA_USE_HUGE_PAGE=0", "huge pages run out under many processes, and fork fails then"),
     ],
     "gcp": [
-        ("export NCCL_SOCKET_IFNAME=enp0s12,eth0", "for the first contact; the data go over GPUDirect"),
-        ("for profile in /usr/local/gib/scripts/set_nccl_env.sh /var/lib/tcpxo/lib64/nccl-env-profile.sh; do", ""),
-        ('  if [ -e "$profile" ]; then . "$profile"; break; fi', "RDMA (A3 Ultra, A4) or TCPXO (A3 Mega)"),
-        ("done", ""),
+        ('export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"', "the next two add to it, and fail where it is not set"),
+        ("if [ -e /usr/local/gib/scripts/set_nccl_env.sh ]; then  # A3 Ultra, A4: RDMA", ""),
+        ("  . /usr/local/gib/scripts/set_nccl_env.sh; export NCCL_NET=gIB", "fail rather than fall back to TCP"),
+        ("elif [ -e /var/lib/tcpxo/lib64/nccl-env-profile.sh ]; then  # A3 Mega: GPUDirect-TCPXO", ""),
+        ("  export NCCL_LIB_DIR=/var/lib/tcpxo/lib64; . $NCCL_LIB_DIR/nccl-env-profile.sh", "where its libraries are"),
+        ("  export NCCL_SOCKET_IFNAME=enp0s12 NCCL_FASTRAK_CTRL_DEV=enp0s12", "for the first contact"),
+        ("  export NCCL_FASTRAK_IFNAME=enp6s0,enp7s0,enp13s0,enp14s0,enp134s0,enp135s0,enp141s0,enp142s0", "the data"),
+        ("  export NCCL_FASTRAK_LLCM_DEVICE_DIRECTORY=/dev/aperture_devices", "to be mounted into a container"),
+        ("fi", ""),
     ],
     "azure": [
         ("export NCCL_SOCKET_IFNAME=eth0", "for the first contact; the data go over InfiniBand"),
         ("export NCCL_NET=IB", "fail rather than fall back to TCP, which is ten times slower, without a word"),
-        ("export NCCL_IB_PCI_RELAXED_ORDERING=1", "these machines are virtual: without it a third of the rate"),
+        ("export NCCL_IB_PCI_RELAXED_ORDERING=1", "these machines are virtual: writes in strict order are slow"),
         ("export CUDA_DEVICE_ORDER=PCI_BUS_ID", "GPUs are numbered as the topology file has them"),
         ('topology=/opt/microsoft/ndv5-topo.xml; if [ -e "$topology" ]; then export NCCL_TOPO_FILE="$topology"; fi',
          "which adapter is near which GPU; not seen from inside a virtual machine"),
@@ -58,9 +64,10 @@ NETWORKS = tuple(_NETWORKS)
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of Slurm. `options`: further options of sbatch, as `--qos=high`."""
+    """What is asked of Slurm. `nodes`: `4`, or `2-4`, as many of them as there are. `options`: further options of
+    sbatch, as `--qos=high`."""
 
-    nodes: int
+    nodes: str
     gpus_per_node: int
     time: str | None = None
     partition: str | None = None
@@ -72,7 +79,21 @@ class Job:
     setup: tuple[str, ...] = ()  # lines of shell before the ranks are started
     chain: int = 1
     restarts: int = 3
+    grace_seconds: float = 300  # between the signal before the time limit and that limit
     options: tuple[str, ...] = ()
+
+
+def counts(nodes: str) -> range:
+    """`4` → 4; `2-4` → 2, 3, 4: how many nodes a job may get.
+
+    Raises:
+        BadInput: it is neither.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", nodes)
+    numbers = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+    if not numbers or not numbers[0]:
+        raise BadInput(f"--nodes: {nodes} is no number of nodes, as 4, and no range of them, as 2-4")
+    return numbers
 
 
 def points(sweep: list[str]) -> list[list[str]]:
@@ -100,22 +121,34 @@ def script(job: Job, config: Path, overrides: list[str], run_dir: str, sweep: li
     """The job script. Paths are relative to the folder where it is submitted, as are those of the recipe."""
     folder = Path(run_dir) / "slurm"
     name = re.sub(r"[^\w.-]", "_", Path(run_dir).name)
+    # srun starts one task a node by itself; asked for one, Slurm (22.05) takes the fewest nodes of a range.
+    tasks = None if "-" in job.nodes and job.gpus_per_node == 1 else job.gpus_per_node
     directives = {
-        "job-name": name, "nodes": job.nodes, "ntasks-per-node": job.gpus_per_node,
+        "job-name": name, "nodes": job.nodes, "ntasks-per-node": tasks,
         "gpus-per-node": job.gpus_per_node, "cpus-per-task": job.cpus_per_task, "time": job.time,
         "partition": job.partition, "account": job.account,
-        "output": folder / ("%A_%a.log" if len(sweep) > 1 else "%j.log"), "open-mode": "append",
-        "signal": "B:USR1@300", "array": f"0-{len(sweep) - 1}" if len(sweep) > 1 else None,
+        "output": _quoted(str(folder).replace("%", "%%") + ("/%A_%a.log" if len(sweep) > 1 else "/%j.log")),
+        "open-mode": "append",
+        "signal": f"B:USR1@{math.ceil(job.grace_seconds)}", "array": f"0-{len(sweep) - 1}" if len(sweep) > 1 else None,
     }  # fmt: skip
     lines = ["#!/bin/bash", *(f"#SBATCH --{key}={value}" for key, value in directives.items() if value is not None)]
     lines += [f"#SBATCH --{'no-requeue' if job.chain > 1 else 'requeue'}"]
     lines += [f"#SBATCH {one}" for one in job.options]
-    lines += ["", "# Rendered by `fullft submit`; may be changed and submitted by hand: sbatch " + str(folder / FILE)]
-    lines += ["set -u", *_point_lines(run_dir, overrides, sweep), "", *_environment(job), "", *_start(job, config), ""]
+    lines += [
+        "",
+        "# Rendered by `fullft submit`; may be changed and submitted by hand: sbatch "
+        + shlex.quote(f"{folder / FILE}"),
+    ]
+    lines += [*_point_lines(run_dir, overrides, sweep), "", *_environment(job), "", *_start(job, config), ""]
     return "\n".join([*lines, _END_CHAINED if job.chain > 1 else _END.format(restarts=job.restarts)])
 
 
 FILE = "train.sbatch"
+
+
+def _quoted(value: str) -> str:
+    """For an #SBATCH line, where a quote within quotes must be escaped."""
+    return value if re.fullmatch(r"[\w%/.,:=+-]*", value) else '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
 
 
 def _point_lines(run_dir: str, overrides: list[str], sweep: list[list[str]]) -> list[str]:
@@ -156,10 +189,12 @@ def _start(job: Job, config: Path) -> list[str]:
             command = ["apptainer", "exec", "--nv", "--bind", binds, "--pwd", '"$PWD"', job.container, *command]
         else:
             mounts = ",".join(('"$PWD:$PWD"', *map(shlex.quote, job.mounts)))
-            options += [f"--container-image={job.container}", f"--container-mounts={mounts}"]
+            options += [f"--container-image={shlex.quote(job.container)}", f"--container-mounts={mounts}"]
             options += ['--container-workdir="$PWD"']
     words = [one if '"' in one else shlex.quote(one) for one in command]
     return [
+        # Not before: modules, conda and the scripts of clouds use variables that are not set.
+        'set -u; marker=$(stat -c %y "$run/REQUEUE" 2> /dev/null)',
         f"srun {' '.join(options)} \\",
         f'  {" ".join(words)} --config {shlex.quote(str(config))} "${{overrides[@]}}" &',
         "ranks=$!",
@@ -180,10 +215,12 @@ _END = (
     _WAIT.replace("{", "{{").replace("}", "}}")
     + """\
 if [ "$status" = done ]; then exit 0; fi
-if [ -e "$run/REQUEUE" ]; then
+if [ -e "$run/REQUEUE" ] && [ "$(stat -c %y "$run/REQUEUE")" != "$marker" ]; then
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
-elif [ "$status" = failed ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
-  # A lost GPU or a broken link; it goes on from the newest checkpoint. A run that can't go on says `stopped`.
+elif {{ [[ "$status:$code" =~ ^failed:|^running:137$ ]] || [ -e "$run/REQUEUE" ]; }} &&
+  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+  # A lost GPU or a broken link, ranks that were killed and could say nothing, or that could not start again; it goes on
+  # from the newest checkpoint. A run that can't go on says `stopped`.
   scontrol requeue "$SLURM_JOB_ID" && sleep 60
 fi
 exit $((code > 0 ? code : 1))

@@ -30,6 +30,7 @@ from fullft.engine import (
     for_evaluation,
     offloads_optimizer,
     require_same_groups,
+    require_same_micro_batch,
     start,
     with_parameters_on_host,
 )
@@ -245,11 +246,12 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     Raises:
         Preempted: a signal came to a rank.
     """
-    told: list[Any] = [None] * cluster.world_size
+    told: list[Any] = [None] * cluster.world_size  # of each rank
     groups = inputs.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    dist.all_gather_object(told, (socket.gethostname(), groups))
-    require_same_groups(told, recipe)
-    hosts = [host for host, _ in told]
+    dist.all_gather_object(told, (socket.gethostname(), groups, inputs.plan["micro_batch_size"]))
+    require_same_groups([(host, size) for host, size, _ in told], recipe)
+    require_same_micro_batch([(host, size) for host, _, size in told])
+    hosts = [host for host, *_ in told]
     if cluster.is_main:
         _own_run_folder(recipe, cluster, inputs, hosts)
         print(f"loading {recipe.model.path}", flush=True)
@@ -280,7 +282,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     on_all(lambda: rollback.finish(recipe.run_folder))  # one that was killed
     resumed = checkpoint.load_newest(engine, recipe.run_folder / "checkpoints")
     if recipe.data.packing:
-        model.require_documents_apart(engine, recipe.train.micro_batch_size, recipe.train.sequence_parallel)
+        model.require_documents_apart(engine, inputs.plan["micro_batch_size"], recipe.train.sequence_parallel)
 
     if resumes[0] and not resumed:
         raise RuntimeError(f"no checkpoint of {recipe.run_folder} was loaded, and so the base weights were not read")

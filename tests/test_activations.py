@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from fullft import activations
-from fullft.model import Facts
-from fullft.planner.memory import GIB, Layer, activation_bytes, choose_checkpointing, layer_of, plan
-from fullft.recipe import parse_recipe
+from fullft.planner.memory import Layer, activation_bytes, layer_of
 
 SCRIPT = Path(__file__).parent / "activations_on_ranks.py"
 CONFIG = LlamaConfig(
@@ -93,26 +90,3 @@ def test_what_is_kept_and_computed_again() -> None:
     assert kept["none"] == pytest.approx(whole, rel=0.05)
     assert kept["selective"] == pytest.approx(predicted["selective"] - whole, rel=0.1)
     assert kept["full"] == predicted["full"] - whole
-
-
-def test_auto_takes_the_least_recomputation_that_fits(recipe: dict[str, Any]) -> None:
-    def chosen(gib: float | None, **keys: Any) -> str:
-        asked = copy.deepcopy(recipe)
-        asked["train"] |= keys
-        asked["data"]["sequence_length"] = 16384
-        parsed, vocabulary = parse_recipe(asked), 128256 * 4096
-        of_8b = Facts("m", 8_000_000_000, vocabulary, 4096, 128256, 32, 218_112_000, 2 * vocabulary, 4096, 4096 * 1024)
-        layer = Layer(32, 4096, 14336, 4096, 1024, 32)
-        memory = None if gib is None else int(gib * GIB)
-        mode, why = choose_checkpointing(parsed, plan(parsed, of_8b, 16, True, False, 1), layer, True, memory)
-        assert why.startswith(mode)
-        return mode + "!" * ("may run out of memory" in why)
-
-    assert chosen(None) == "none"
-    # 7.5 GiB of state, 14 of head, loss and others; 98 of activations, or 30, or 7.1.
-    assert [chosen(gib) for gib in (192, 80, 40, 26)] == ["none", "selective", "full", "offload"]
-    assert chosen(24) == "offload!"
-    assert chosen(80, mlp_tiles=4) == "full"  # selective would keep what tiles spare
-    assert chosen(192, activation_checkpointing="full") == "full"
-    assert chosen(24, activation_checkpointing=False) == "none"
-    assert chosen(192, activation_checkpointing=True) == "full"

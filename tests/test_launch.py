@@ -197,21 +197,6 @@ def test_mpirun_trains_as_torchrun_does(
 
 
 @pytest.mark.cluster
-def test_deepspeed_over_two_hosts_trains_as_torchrun_does_on_one(
-    ssh: ssh_hosts.SshHosts, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
-) -> None:
-    # ssh carries no environment: DeepSpeed sets on the other hosts what this file holds.
-    sent = tmp_path / "deepspeed_env"
-    sent.write_text("".join(f"{name}={value}\n" for name, value in (ON_HOSTS | run.mark).items()))
-    command = (DEEPSPEED, "--hostfile", str(ssh.hostfile), *arguments(recipe))
-    run.start(*command, popen=partial(ssh.popen_on, "n0"), DS_ENV_FILE=str(sent))
-    assert run.wait(TRAINING_SECONDS) == 0, run.output
-    assert_trained_by("deepspeed", recipe)
-    assert losses(recipe) == expected
-    run.assert_nothing_left()
-
-
-@pytest.mark.cluster
 def test_srun_on_two_nodes_trains_as_torchrun_does_on_one(
     nodes: slurm.Slurm, recipe: dict[str, Any], expected: list[float], run: Run, tmp_path: Path
 ) -> None:

@@ -373,7 +373,7 @@ FREE = {
     "checkpoint.keep_best": "false", "checkpoint.asynchronous": "false", "checkpoint.lease_seconds": "9",
     "export.max_shard_gb": "1", "data.cache_dir": "c", "train.micro_batch_size": "2",
     "train.sequence_parallel": "2", "train.mlp_tiles": "2", "model.attention": "eager",
-    "export.push_to_hub": "a/b",
+    "export.push_to_hub": "a/b", "train.on_no_memory": "warn",
     "train.activation_checkpointing": "true", "train.kernels": "none", "train.timeout_minutes": "5",
     "retention.generation_batch_size": "3", "train.profile": "[2, 3]", "train.hang_timeout": "60",
     "checkpoint.grace_seconds": "60",

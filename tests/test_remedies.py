@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from fullft.engine import with_parameters_on_host
 from fullft.errors import BadInput
 from fullft.export import export_checkpoint
 from fullft.loss import IGNORE, LabelWeights, kl_divergence
-from fullft.model import Facts
+from fullft.model import Facts, on_meta
 from fullft.optim import layer_depths, parameter_groups
 from fullft.planner.memory import plan
+from fullft.planner.setting import setting_of
 from fullft.preflight import preflight
 from fullft.recipe import parse_recipe
 from fullft.retention.base import is_whole
@@ -328,7 +330,10 @@ def test_memory_of_the_second_copies(remedied: dict[str, Any]) -> None:
     def planned(offload: bool, **keys: bool) -> tuple[int, int, int]:
         recipe = copy.deepcopy(remedied)
         recipe["train"] |= keys
-        found = plan(parse_recipe(recipe), Facts("m", 1000, 10, 8, 16, 2, 300, 128, 8, 10), 2, True, offload, 1)
+        parsed = parse_recipe(recipe)
+        setting = setting_of(parsed, on_meta(parsed.model), 2, 2)
+        zero = {"offload_optimizer": {"device": "cpu" if offload else "none"}}
+        found = plan(replace(setting, facts=Facts("m", 1000, 10, 8, 16, 2, 300, 128, 8, 10), zero=zero, accumulation=1))
         assert sum(found["state_bytes_per_rank"].values()) == 500 * (16 + 2 + 4 + 2)
         return found["device_bytes_per_rank"] // 500, found["host_bytes_per_rank"] // 500
 

@@ -16,7 +16,8 @@ from conftest import REPOSITORY, Launch, losses, metrics, write_recipe
 from test_launch import ON_HOSTS, skip_if
 
 from fullft.cli import main
-from fullft.submit import NETWORKS, Job, points, run_dir_of, script
+from fullft.errors import BadInput
+from fullft.submit import NETWORKS, TRAIN, Job, counts, points, run_dir_of, script
 
 Submit = Callable[..., str]
 
@@ -82,20 +83,6 @@ def test_a_job_that_is_told_to_end_is_requeued_and_ends_with_the_same_losses(
 
 
 @pytest.mark.cluster
-def test_a_chain_goes_on_and_ends_early(nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any]) -> None:
-    recipe["train"]["steps"] = 60
-    said, folder = submit("--nodes", "2", "--chain", "3"), Path(recipe["run_dir"])
-    jobs = said.partition("submitted  ")[2].partition(" by")[0].split(", ")
-    assert len(jobs) == 3
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(recipe)) > 2, nodes, folder)
-    nodes.run("scancel", "--signal=USR1", "--batch", jobs[0])
-    wait_for(lambda: not nodes.run("squeue", "--noheader").stdout.strip(), nodes, folder)
-    assert status(folder) == "done"
-    assert [row["step"] for row in metrics(recipe)] == list(range(1, 61))
-    assert "nothing to do" in (folder / "slurm" / f"{jobs[2]}.log").read_text()
-
-
-@pytest.mark.cluster
 def test_a_sweep_is_an_array_with_a_run_folder_for_each_point(
     nodes: slurm.Slurm, submit: Submit, tmp_path: Path
 ) -> None:
@@ -112,6 +99,7 @@ def test_what_slurm_or_the_recipe_refuses_is_told_and_nothing_is_submitted(
 ) -> None:
     assert "invalid partition" in submit("--nodes", "2", "--partition", "nowhere", code=2)
     assert "cannot be shared by 3 ranks" in submit("--nodes", "3", code=2)
+    assert "cannot be shared by 3 ranks" in submit("--nodes", "2-3", code=2)
     assert "learning_rate" in submit("--nodes", "2", "--array", "train.learning_rate=1e-3,-1", code=2)
     assert not nodes.run("squeue", "--noheader").stdout.strip()
     assert not Path(recipe["run_dir"], "recipe.yaml").exists()
@@ -131,11 +119,19 @@ def test_without_sbatch_it_says_where_to_run_it(
 @pytest.mark.parametrize("container", [None, "ghcr.io/me/fullft:1", "/images/fullft.sif"])
 @pytest.mark.parametrize("chain", [1, 2])
 def test_every_script_is_shell_that_bash_can_read(network: str, container: str | None, chain: int) -> None:
-    job = Job(2, 8, "1:00:00", "gpu", "me", 12, network, container, ("/data",), ("module load cuda",), chain)
+    job = Job("2-4", 8, "1:00:00", "gpu", "me", 12, network, container, ("/data",), ("module load cuda",), chain)
     text = script(job, Path("my recipe.yaml"), ["tracking.name=two words"], "runs/it's", [["a.b=1"], ["a.b=2"]])
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + text
+    assert "#SBATCH --nodes=2-4\n" in text
     assert f"#SBATCH --{'no-requeue' if chain > 1 else 'requeue'}\n" in text
+
+
+def test_nodes_are_a_number_or_a_range() -> None:
+    assert [list(counts(nodes)) for nodes in ("4", "2-4")] == [[4], [2, 3, 4]]
+    for wrong in ("0", "3-2", "0-2", "-1", "2-", "two", "2,4"):
+        with pytest.raises(BadInput, match="is no number of nodes"):
+            counts(wrong)
 
 
 def test_a_sweep_has_all_combinations() -> None:
@@ -147,6 +143,15 @@ def test_a_sweep_has_all_combinations() -> None:
 
 
 def test_an_array_of_one_trains_where_it_was_checked() -> None:
-    text = script(Job(1, 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
+    text = script(Job("1", 8), Path("r.yaml"), [], "runs/r", points(["train.seed=7"]))
     assert "run=runs/r-seed=7; overrides=(train.seed=7 run_dir=runs/r-seed=7)" in text
-    assert "run=runs/r; overrides=()" in script(Job(1, 8), Path("r.yaml"), [], "runs/r", points([]))
+    assert "run=runs/r; overrides=()" in script(Job("1", 8), Path("r.yaml"), [], "runs/r", points([]))
+
+
+def test_the_template_is_what_submit_renders() -> None:
+    template = REPOSITORY / "launch" / "slurm" / "train.sbatch"
+    job = Job("8", 8, "24:00:00", "gpu", network="infiniband", grace_seconds=600)
+    text = script(job, Path("launch/recipes/llama-3.1-70b.yaml"), [], "runs/llama-3.1-70b-math", [[]])
+    lines = template.read_text().splitlines(keepends=True)
+    kept = "".join(line for line in lines if not line.startswith("# EDIT: "))
+    assert kept == text.replace(f"{sys.executable} {TRAIN}", "python launch/train.py")

@@ -22,8 +22,10 @@ from fullft.watchdog import compare
 HOSTS = ["node-a", "node-a", "node-b", "node-b"]
 
 
-def report(number: int, step: int, phase: str, at: str = "comm.py:1 (wait)") -> dict[str, Any]:
-    return {"number": number, "step": step, "phase": phase, "at": at}
+def report(
+    number: int, step: int, phase: str, at: str = "comm.py:1 (wait)", host: str = "n0", unreached: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    return {"number": number, "step": step, "phase": phase, "at": at, "host": host, "unreached": list(unreached)}
 
 
 def test_a_rank_without_a_report_is_missing_and_one_with_an_earlier_mark_behind() -> None:
@@ -50,6 +52,20 @@ def test_of_two_ranks_in_the_same_phase_the_one_in_a_collective_comes_last() -> 
     at = {0: "/lib/site-packages/deepspeed/utils/nvtx.py:33 (wrapped_fn)", 1: "/home/me/rows.py:6 (endless)"}
     text = compare({rank: report(9, 2, "update", at[rank]) for rank in (0, 1)}, HOSTS[:2])
     assert [line.split()[1] for line in text.splitlines()] == ["1", "0"]
+
+
+def test_a_host_that_is_cut_off_is_named_and_not_those_which_it_does_not_reach() -> None:
+    hosts = [f"n{number}" for number in range(7)]
+    waits = {
+        rank: report(9, 2, "update", host=host, unreached=tuple(hosts[1:] if rank == 0 else hosts[:1]))
+        for rank, host in enumerate(hosts)
+    }
+    first, second = compare(waits, hosts).splitlines()
+    by = "n1, n2, n3, n4 and 2 hosts more"
+    assert first == f"  host n0 is not reached over the network by {by}: a link, or the host, is down"
+    assert second.startswith("  ranks 0-6 ")
+    one_link = {0: report(9, 2, "update", host="n0", unreached=("n1",)), 1: report(9, 2, "update", host="n1")}
+    assert "host n1 is not reached over the network by n0:" in compare(one_link, hosts[:2])
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ One folder a set, named by a fingerprint of everything that its tokens depend on
 sequences, packing, weights and what is done with bad rows are applied when the set is used, so changing them costs no
 new tokens. A folder is written under another name and renamed when it is complete.
 
-<cache>/<fingerprint>/
+<cache>/<fingerprint>-<versions>/
   part-00000.tokens   int32 for each token: its id where it is trained, ~id where it is not
   documents.npy       one `DOCUMENT` for each row that can be used
   summary.json        what became of the rows; sizes of the parts
@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ class TokenSet:
 
     @property
     def fingerprint(self) -> str:
-        return self.folder.name
+        """Without the versions of libraries: a run goes on under others if they give as many tokens of each row."""
+        return self.folder.name.partition("-")[0]
 
     def read(self, start: int, length: int) -> tuple[NDArray[numpy.int32], NDArray[numpy.bool_]]:
         """(ids, trained) of `length` tokens of one document from token `start` of the set."""
@@ -138,7 +140,7 @@ def _open_set(
     from fullft.data.prepare import write_tokens
 
     scans = scans_of(source, cache)
-    folder = cache / fingerprint(source, scans, data.train_on, tokenizer)
+    folder = cache / f"{fingerprint(source, scans, data.train_on, tokenizer)}-{_libraries()}"
     if not is_complete(folder):
         if data.on_missing_cache == "error" and executor is None:
             raise BadInput(f"data set {name} is not prepared in {cache}: run `fullft prepare` with this recipe first")
@@ -189,6 +191,12 @@ def fingerprint(source: Source, scans: list[Scan], train_on: str, tokenizer: Pre
     parts += [kind_of(scan.file) for scan in scans]  # it says how a file is read
     parts += [scan.sha256 for scan in scans] or [hub_dataset(source)._fingerprint]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def _libraries() -> str:
+    """Hash of the versions of what renders templates and tokenizes."""
+    versions = [version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    return hashlib.sha256(repr(versions).encode()).hexdigest()[:6]
 
 
 def scans_of(source: Source, cache: Path) -> list[Scan]:

@@ -47,7 +47,7 @@ def doctor(
     recipe = load_recipe(config, overrides) if config else None
     if me.world_size > 1 and hostfile is None:
         return _on_ranks(me, recipe, network_gbps, as_json)
-    needs = _needs(recipe, me.world_size) if recipe else {}
+    needs = _needs(recipe) if recipe else {}
     if hostfile is not None:
         facts, links, found = _over_ssh(read_hostfile(hostfile), config, overrides)
     else:
@@ -57,15 +57,17 @@ def doctor(
     return _tell(Examined(facts, links, needs, network_gbps), found, as_json)
 
 
-def _needs(recipe: Recipe, world_size: int) -> dict[str, int]:
+def _needs(recipe: Recipe) -> dict[str, int]:
     """Bytes that the run will write, by the planner."""
     import torch
 
     from fullft import model
-    from fullft.planner.memory import plan
+    from fullft.planner.memory import disk
+    from fullft.planner.setting import setting_of
 
-    bf16 = model.precision(recipe) == torch.bfloat16
-    planned = plan(recipe, model.facts(model.on_meta(recipe.model)), world_size, bf16, False, 1)
+    bf16, ranks = model.precision(recipe) == torch.bfloat16, recipe.train.sequence_parallel
+    # Of any world size that the recipe can have: disk is the same on all.
+    planned = disk(setting_of(recipe, model.on_meta(recipe.model), ranks, ranks, bf16=bf16))
     return {name: planned[name] for name in ("run_folder_bytes", "checkpoint_bytes")}
 
 
@@ -306,7 +308,7 @@ def _on_ranks(me: cluster.Cluster, recipe: Recipe | None, network_gbps: float | 
     store.set(f"links-{me.rank}", json.dumps(links))
     if me.is_main:
         measured = [json.loads(store.get(f"links-{rank}")) for rank in ranks]
-        needs = _needs(recipe, me.world_size) if recipe else {}
+        needs = _needs(recipe) if recipe else {}
         code = _tell(Examined([one for one in everyone if one], measured, needs, network_gbps), [], as_json)
         store.set("code", str(code))
         for rank in ranks[1:]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fullft.head import _BYTES_OF_LOGIT, _BYTES_WITH_DIVERGENCE, WORKSPACE_BYTES
-from fullft.model import Facts
-from fullft.recipe import Recipe
 
 if TYPE_CHECKING:
     from fullft.planner.setting import Setting
@@ -16,63 +13,15 @@ if TYPE_CHECKING:
 GIB = 2**30
 
 
-def plan(
-    recipe: Recipe,
-    facts: Facts,
-    world_size: int,
-    bf16: bool,
-    offload: bool,
-    accumulation: int,
-    node_partition: int = 1,
-) -> dict[str, Any]:
-    """Bytes of one rank's training state (ZeRO: Rajbhandari et al. 2020, mixed-precision AdamW) and of the run folder.
-
-    bf16: 2 weights + 2 gradients + 4 master weights + 8 AdamW moments = 16 bytes a parameter, divided by the ranks;
-    18 with gradient accumulation, which is done in fp32. fp32: 4 + 4 + 4 (DeepSpeed keeps a second copy) + 8 = 20.
-    The base weights of train.l2_pull are 2 (4) more, the average of train.ema_decay is 4, a reference
-    model of train.kl_weight 2 (4), and the second copy of hpZ 2 (4), divided by the ranks of `node_partition` alone.
-    Activations and buffers come on top.
-    """
-    shard = math.ceil(facts.parameters / world_size)
-    low = 2 if bf16 else 4
-    gradients = 4 if accumulation > 1 else low
-    state = {"weights": low, "gradients": gradients, "master_weights": 4, "adamw_moments": 8}
-    train = recipe.train
-    if train.l2_pull:
-        state["base_weights"] = low  # those of a base in fp32 may be exact in 2
-    if train.ema_decay:
-        state["averaged_weights"] = 4
-    if train.kl_weight and train.kl_reference == "model":
-        state["reference_model"] = low
-    state = {name: size * shard for name, size in state.items()}
-    if node_partition > 1:
-        state["second_copy_of_weights"] = low * math.ceil(facts.parameters / node_partition)
-    of_optimizer = ("gradients", "master_weights", "adamw_moments", "averaged_weights")
-    on_host: tuple[str, ...] = of_optimizer if offload else ()
-    on_host += ("base_weights",) if offload or train.l2_pull_offload else ()
-    on_host += ("reference_model",) if train.kl_reference_offload else ()
+def plan(setting: Setting) -> dict[str, Any]:
+    """Bytes of one rank's training state, wherever it is, and of the run folder; what stands in plan.json."""
+    here = {name: size for name, size in gpu_states(setting).items() if name != "reduce_bucket"}
+    there = {name: size for name, size in offloaded(setting).items() if name in here}
+    states = {name: size + there.get(name, 0) for name, size in here.items() if size or name in there}
     return {
-        "parameters": facts.parameters,
-        "world_size": world_size,
-        "state_bytes_per_rank": state,
-        "device_bytes_per_rank": sum(size for name, size in state.items() if name not in on_host),
-        "host_bytes_per_rank": sum(size for name, size in state.items() if name in on_host),
-        "largest_gathered_parameter_bytes": low * facts.largest_parameter,
-    } | _disk(recipe, facts.parameters, bf16)
-
-
-def _disk(recipe: Recipe, parameters: int, bf16: bool) -> dict[str, Any]:
-    checkpoint = (16 if recipe.train.ema_decay else 12) * parameters
-    # The best is another one than the newest only if there are evaluations between.
-    retention = recipe.retention
-    evaluates_between = retention.every_steps is not None or retention.max_overhead is not None
-    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and evaluates_between)
-    kept += retention.goes_back  # that of before a loss
-    export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if bf16 else "fp32")
-    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * parameters
-    # One more than is kept exists while a checkpoint is written.
-    folder = (kept + 1) * checkpoint + exported
-    return {"checkpoint_bytes": checkpoint, "export_dtype": export_dtype, "run_folder_bytes": folder}
+        "parameters": setting.facts.parameters, "world_size": setting.world_size, "state_bytes_per_rank": states,
+        "device_bytes_per_rank": sum(here.values()), "host_bytes_per_rank": sum(there.values()),
+    } | disk(setting)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,39 +97,6 @@ def activation_bytes(layer: Layer, mode: str, bf16: bool, fused: bool = False) -
             return layer.layers * size * h + whole
         case _:  # offload: the inputs of two layers are under way
             return 2 * size * h + whole
-
-
-# What else a GPU holds: CUDA and its kernels, NCCL's buffers, DeepSpeed's reduce bucket, gathered and prefetched
-# weights; and the share of its memory that an allocator cannot use.
-_OTHER_BYTES, _USABLE = 6 * GIB, 0.92
-
-
-def choose_checkpointing(
-    recipe: Recipe, planned: dict[str, Any], layer: Layer, bf16: bool, memory: int | None, able: bool = True
-) -> tuple[str, str]:
-    """What train.activation_checkpointing comes to, and a line that says why.
-
-    Args:
-        planned: of `plan`.
-        memory: bytes of the smallest GPU; None where there is none.
-        able: whether the architecture can compute layers again.
-    """
-    tokens = recipe.train.micro_batch_size * recipe.data.sequence_length // recipe.train.sequence_parallel
-    if (chosen := recipe.train.activation_checkpointing) != "auto":
-        return chosen, f"{chosen}, as the recipe says"
-    if memory is None:
-        return "none", "none (auto: by the memory of GPUs, of which there are none here)"
-    if not able:
-        return "none", "none (auto; the architecture has no other)"
-    # Logits: as much as head.WORKSPACE_BYTES, and the gradient of the head in fp32.
-    taken = planned["device_bytes_per_rank"] + 4 * planned["largest_gathered_parameter_bytes"] + (2 << 30)
-    room = _USABLE * memory - taken - _OTHER_BYTES
-    modes = ["none", "full", "offload"] if recipe.train.mlp_tiles > 1 else ["none", "selective", "full", "offload"]
-    needs = {mode: tokens * activation_bytes(layer, mode, bf16) for mode in modes}
-    mode = next((mode for mode, need in needs.items() if need <= room), "offload")
-    said = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items())
-    short = "; it may run out of memory" if needs[mode] > room else ""
-    return mode, f"{mode} (auto: of {max(room, 0) / GIB:.1f} GiB left for activations would take {said}{short})"
 
 
 @dataclass(frozen=True)
@@ -539,6 +455,16 @@ _PROCESS = 4 * GIB  # of a rank: torch, CUDA and libraries 3 GiB, data and W&B; 
 
 
 def disk(setting: Setting) -> dict[str, Any]:
-    """Bytes of a run folder: a checkpoint, the export, and all that is there at once, one checkpoint more than is
-    kept."""
-    return _disk(setting.recipe, setting.facts.parameters, setting.bf16)
+    """Bytes of a run folder: a checkpoint (fp32 weights and two moments, 12 a parameter; 16 with an average), the
+    export, and all that is there at once, one checkpoint more than is kept."""
+    recipe, parameters = setting.recipe, setting.facts.parameters
+    checkpoint = (16 if recipe.train.ema_decay else 12) * parameters
+    # The best is another one than the newest only if there are evaluations between.
+    retention = recipe.retention
+    evaluates_between = retention.every_steps is not None or retention.max_overhead is not None
+    kept = recipe.checkpoint.keep + (recipe.checkpoint.keep_best and evaluates_between)
+    kept += retention.goes_back  # that of before a loss
+    export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if setting.bf16 else "fp32")
+    exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * parameters
+    folder = (kept + 1) * checkpoint + exported
+    return {"checkpoint_bytes": checkpoint, "export_dtype": export_dtype, "run_folder_bytes": folder}

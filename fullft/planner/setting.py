@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fullft import engine
@@ -39,20 +39,36 @@ class Setting:
         return self.micro_batch_size * self.sequence_length // self.sequence_parallel
 
 
+def on_gpus(setting: Setting, world_size: int) -> Setting:
+    """The same on another number of GPUs; what DeepSpeed's sizes have been by `auto` follows it. The batch does not."""
+    before, now = (engine.sizes_for(setting.facts, size) for size in (setting.world_size, world_size))
+    sizes = {key: now[key] for key, value in before.items() if setting.zero.get(key) == value}
+    return replace(setting, world_size=world_size, zero=setting.zero | sizes)
+
+
 def setting_of(
-    recipe: Recipe, meta: Any, world_size: int, gpus_per_node: int, *, bf16: bool = True, **chosen: Any
+    recipe: Recipe,
+    meta: Any,
+    world_size: int,
+    gpus_per_node: int,
+    *,
+    bf16: bool = True,
+    config: dict[str, Any] | None = None,
+    **chosen: Any,
 ) -> Setting:
     """Of a recipe on `world_size` GPUs.
 
     Args:
         meta: the model on the meta device.
+        config: the DeepSpeed configuration as of `engine.fit_to_nodes`; default: that of the recipe, on GPUs.
         chosen: fields of `Setting` in place of those of the recipe, as for its `auto`.
 
     Raises:
         BadInput: the DeepSpeed configuration or the batch cannot be.
     """
     sizes = facts(meta)
-    config = engine.fit_to_nodes(engine.read_config(recipe), recipe, world_size, gpus_per_node, on_gpu=True)
+    if config is None:
+        config = engine.fit_to_nodes(engine.read_config(recipe), recipe, world_size, gpus_per_node, on_gpu=True)
     plan = engine.geometry(recipe, world_size)
     zero = dict(config["zero_optimization"])
     zero |= {key: value for key, value in engine.sizes_for(sizes, world_size).items() if zero.get(key) == "auto"}

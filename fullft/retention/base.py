@@ -176,7 +176,7 @@ def replay_divergence(
     sequences = batches.replay_sequences(total_steps)
     rows = _rows_of(batches, sequences)
     started, folder = time.perf_counter(), recipe.run_folder / "base" / "replay"
-    predictions = predict(engine, rows, recipe.retention.kl_top_k, folder, recipe.train.micro_batch_size, step)
+    predictions = predict(engine, rows, recipe.retention.kl_top_k, folder, recipe.train.sequences_at_once, step)
     line = f"the base model's predictions on {len(sequences):,} replay sequences: {predictions.bytes / 1e9:.3g} GB in "
     line += f"{folder} ({time.perf_counter() - started:.1f} s)"
     return ReplayDivergence(predictions, {sequence: row for row, sequence in enumerate(sequences)}), line

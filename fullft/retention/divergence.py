@@ -79,7 +79,7 @@ class Divergence:
         known = {}
         for name, rows in self._rows.items():
             folder = self._recipe.run_folder / "base" / name
-            size, top_k = self._recipe.train.micro_batch_size, self._recipe.retention.kl_top_k
+            size, top_k = self._recipe.train.sequences_at_once, self._recipe.retention.kl_top_k
             try:
                 known[name] = predict(engine, _as_rows(rows), top_k, folder, size, step)
             except BadInput as error:  # a measurement is not worth a training
@@ -114,7 +114,7 @@ class Divergence:
     def _kl(self, engine: Any, name: str, known: Predictions) -> tuple[float, float, int]:
         """Sums over all positions of the rows: KL in nats, the base's mass outside of its likeliest tokens, 1."""
         rows = _as_rows(self._rows[name])
-        head, batches = Head(engine), batched(rows.lengths, self._recipe.train.micro_batch_size)
+        head, batches = Head(engine), batched(rows.lengths, self._recipe.train.sequences_at_once)
 
         @torch.no_grad()
         def run(batch: int) -> tuple[float, float, int]:

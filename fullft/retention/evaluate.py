@@ -47,6 +47,7 @@ def evaluate(recipe: Recipe, name: str, base: str | None, out: Path, me: Cluster
     elif base is not None:
         require_same_tasks(ready, Path(base, "retention"))
     cluster.join(me, recipe.train.timeout_minutes)
+    cluster.require_same_code()
     if me.is_main:
         out.mkdir(parents=True, exist_ok=True)
         lease.write(out / "recipe.yaml", recipe.to_yaml())

@@ -36,7 +36,7 @@ class Suite:
         self.folder = recipe.run_folder / "retention"
         self.samples = recipe.run_folder / "samples"
         self.tokenizer = tokenizer
-        sequences = recipe.train.micro_batch_size
+        sequences = recipe.train.sequences_at_once
         self.batching = Batching(
             sequences, sequences * recipe.data.sequence_length, recipe.retention.generation_batch_size
         )

@@ -62,6 +62,7 @@ def sweep(
     }  # fmt: skip
     _require_own(out, about, ready.suite)
     cluster.join(me, recipe.train.timeout_minutes)
+    cluster.require_same_code()
     done = cluster.on_all(lambda: _measured(ready.suite))
     if me.is_main:
         lease.write(out / "blend" / "recipe.yaml", recipe.to_yaml())
