@@ -64,43 +64,24 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         RetentionStopped: the gate of retention wants it so; the checkpoints of this step and of before the loss are
             written.
     """
-    engine, step, tokens_seen, unevaluated, tracker, saver, pull = set_up(recipe, cluster, inputs)
-    gentler = know_rollbacks(recipe, pull)
+    run = set_up(recipe, cluster, inputs)
+    engine, tracker = run.engine, run.tracker
     head = Head(engine)
     if head.why_not:
         tracker.say(f"WARNING: the loss takes logits of all labels at once, and so more memory: {head.why_not}")
-    if inputs.suite.tasks and unevaluated is not None:
-        if (evaluation := evaluate(inputs, engine, step, tracker)) is None:
-            leave_for_requeue(recipe, cluster, tracker, step)
-        tracker.log(step, unevaluated | evaluation.metrics, "before training" if step == 0 else "evaluated")
-        match evaluation.gate["decision"]:  # after a resume
-            case "stop":
-                stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
-            case "rollback":
-                step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
-                unevaluated = None
-    elif decided := on_all(lambda: stop_decided(recipe, step)):  # and the run was killed before it had stopped
-        stop_at_gate(recipe, cluster, tracker, saver, step, decided)
-
-    needs_base = recipe.train.kl_weight > 0 and step < inputs.total_steps
-    kl_of_replay = know_base(recipe, cluster, inputs, engine, step, tracker) if needs_base else None
-
+    evaluate_first(run)
+    needs_base = recipe.train.kl_weight > 0 and run.step < inputs.total_steps
+    kl_of_replay = know_base(recipe, cluster, inputs, engine, run.step, tracker) if needs_base else None
     profile = Profile(recipe, cluster, tracker.say)
-    flops, peak, unknown = flops_and_peak(inputs.meta, inputs.deepspeed_config["bf16"]["enabled"])
-    checkpointing = inputs.plan["activation_checkpointing"]
-    account = Account(engine, flops, peak, checkpointing, recipe.train.mlp_tiles > 1, profile.phase)
-    if isinstance(kl_of_replay, ReferenceDivergence):
-        account.listen(kl_of_replay.engine, trains=False)
-    for lacking in filter(None, (unknown, account.why_no_waits)):
-        tracker.say(lacking)
+    account = account_of(run, kl_of_replay, profile)
 
     signals.enter("training")
-    if step == 0 and unevaluated is not None and recipe.retention.gate.action == "rollback":
+    if run.step == 0 and run.unevaluated is not None and recipe.retention.gate.action == "rollback":
         start_optimizer(engine)
-        saver.copy()
-        saver.write(checkpoint_state(recipe, cluster, inputs, 0, 0))  # what there is to go back to at first
+        run.saver.copy()
+        run.saver.write(checkpoint_state(run))  # what there is to go back to at first
     account.forget()
-    while step < inputs.total_steps:
+    while (step := run.step) < inputs.total_steps:
         account.phase("trace")
         profile.before(step + 1)
         torch.manual_seed(hash((recipe.train.seed, step, cluster.rank)))  # dropout, the same after a resume
@@ -110,7 +91,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         # The loss is a mean over the labels of the global batch, so their number must be known before backward.
         counts = count_tokens(batches, engine.device, *account.flops_of(batches))
         task_labels, replay_labels, tokens_of_step, *flops_of_step = counts
-        of_kl = recipe.train.kl_weight * gentler.pull / inputs.batches.replay_labels_of_step
+        of_kl = recipe.train.kl_weight * run.gentler.pull / inputs.batches.replay_labels_of_step
         weights = LabelWeights.of_step(task_labels, replay_labels, inputs.batches.replay_label_weight, of_kl)
         sums = torch.zeros(3, dtype=torch.float64, device=engine.device)  # cross-entropy of task, of replay; divergence
 
@@ -128,7 +109,7 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         # 4. AdamW update (gradients clipped to train.max_grad_norm; skipped by DeepSpeed if their norm is not finite),
         #    and with it the pull to the base weights and the moving average, if the recipe asks for them
         account.phase("update")
-        rate = learning_rate(step, inputs.total_steps, recipe.train) * gentler.learning_rate
+        rate = learning_rate(step, inputs.total_steps, recipe.train) * run.gentler.learning_rate
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         engine.step()
@@ -138,80 +119,129 @@ def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
         loss_of_step = sums_of_step[0] * weights.task + sums_of_step[1] * weights.replay
         grad_norm = float(engine.get_global_grad_norm())
         if not (math.isfinite(loss_of_step) and math.isfinite(grad_norm)):
-            saver.wait()
+            run.saver.wait()
             stop_at_non_finite(recipe, cluster, inputs, step, batches, sums, grad_norm)
-        step += 1
-        tokens_seen += tokens_of_step
+        run.step += 1
+        run.tokens_seen += tokens_of_step
 
         seconds = account.end_step(tokens_of_step, *flops_of_step)
         account.phase("logging")
         row = {
-            "train/global_step": step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
-            "train/learning_rate": rate, "train/epoch": inputs.batches.epochs(step), "train/tokens": tokens_seen,
-            "train/trained_tokens_of_step": task_labels + replay_labels,
+            "train/global_step": run.step, "train/loss": loss_of_step, "train/grad_norm": grad_norm,
+            "train/learning_rate": rate, "train/epoch": inputs.batches.epochs(run.step),
+            "train/tokens": run.tokens_seen, "train/trained_tokens_of_step": task_labels + replay_labels,
         } | losses_by_kind(sums_of_step, task_labels, replay_labels, kl_of_replay is not None)  # fmt: skip
-        row |= memory_metrics() | inputs.batches.account(step - 1)
+        row |= memory_metrics() | inputs.batches.account(step)
         speed = tokens_of_step / seconds
         show = f"loss {loss_of_step:.4f}  grad norm {grad_norm:.2f}  lr {rate:.2e}  {speed:,.0f} tokens/s"
-        stopping = signals.heed(signalled)  # the same on all ranks
-        to_evaluate = bool(inputs.suite.tasks) and inputs.suite.budget.is_due(step, seconds)
-        if to_evaluate and not stopping:
-            account.phase("evaluation")
-        evaluation = evaluate(inputs, engine, step, tracker) if to_evaluate and not stopping else None
-        abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
-        stopping |= abandoned
-        verdict = evaluation.gate["decision"] if evaluation else "continue"
-        to_save = stopping or verdict == "stop" or is_due(step, recipe.checkpoint.every_steps, inputs.total_steps)
-        to_save |= saver.keep_good and evaluation is not None and evaluation.is_fine
-        to_save &= verdict != "rollback"
-        if to_save:
-            account.phase("checkpoint")
-            saver.copy()
-        is_logged = bool(evaluation) or is_due(step, recipe.tracking.every_steps, inputs.total_steps)
-        if pull is not None and is_logged:
-            row["train/l2_distance"] = pull.distance()
-        account.phase("logging")
-        if is_logged or abandoned:
-            row |= account.row()
-        if is_logged and not abandoned:
-            tracker.log(step, row | (evaluation.metrics if evaluation else {}) | saver.metrics(), show)
-        if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
-            account.phase("checkpoint")
-            state = checkpoint_state(recipe, cluster, inputs, step, tokens_seen)
-            saver.write(state | {"rollbacks": gentler.rollbacks, "unevaluated": row if abandoned else None})
-        if evaluation and verdict == "stop":
-            stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate)
-        if evaluation and verdict == "rollback":
-            step, tokens_seen, gentler = go_back(recipe, cluster, engine, tracker, saver, pull, step, evaluation)
-            account.forget()
-        if stopping:
-            saver.wait()
-            require_progress(recipe, cluster, tracker, saver, step)
-            leave_for_requeue(recipe, cluster, tracker, saver.saved_step)
+        evaluate_log_save(run, account, row, show, seconds, signals.heed(signalled))  # the same on all ranks
 
-    profile.end(step)
-    saver.wait()
+    profile.end(run.step)
+    run.saver.wait()
     finish(recipe, cluster, inputs, engine, tracker)
 
 
-def checkpoint_state(recipe: Recipe, cluster: Cluster, inputs: Inputs, step: int, tokens_seen: int) -> dict[str, Any]:
-    state = {"step": step, "tokens_seen": tokens_seen, "recipe": identity(recipe)}
-    state |= {"data": inputs.batches.fingerprint, "replay_label_weight": inputs.batches.replay_label_weight}
-    return state | {"world_size": cluster.world_size}
+@dataclass
+class Run:
+    """A training under way."""
+
+    recipe: Recipe
+    cluster: Cluster
+    inputs: Inputs
+    engine: Any
+    tracker: Tracker
+    saver: Saver
+    pull: Pull | None  # to the base weights
+    step: int
+    tokens_seen: int
+    unevaluated: dict[str, Any] | None  # metrics of this step, if its evaluation is still to be done
+    gentler: rollback.Gentler
+
+
+def evaluate_first(run: Run) -> None:
+    """Before the first step, or after a resume what a signal had kept from being done: evaluate, and do as the gate
+    says."""
+    if run.inputs.suite.tasks and run.unevaluated is not None:
+        if (evaluation := evaluate(run.inputs, run.engine, run.step, run.tracker)) is None:
+            leave_for_requeue(run.recipe, run.cluster, run.tracker, run.step)
+        when = "before training" if run.step == 0 else "evaluated"
+        run.tracker.log(run.step, run.unevaluated | evaluation.metrics, when)
+        match evaluation.gate["decision"]:  # after a resume
+            case "stop":
+                stop_at_gate(run.recipe, run.cluster, run.tracker, run.saver, run.step, evaluation.gate)
+            case "rollback":
+                go_back(run, evaluation)
+                run.unevaluated = None
+    elif decided := on_all(lambda: stop_decided(run.recipe, run.step)):  # and it was killed before it had stopped
+        stop_at_gate(run.recipe, run.cluster, run.tracker, run.saver, run.step, decided)
+
+
+def account_of(run: Run, kl_of_replay: ReplayDivergence | ReferenceDivergence | None, profile: Profile) -> Account:
+    """The account of the steps; what it cannot measure is told."""
+    flops, peak, unknown = flops_and_peak(run.inputs.meta, run.inputs.deepspeed_config["bf16"]["enabled"])
+    checkpointing, tiled = run.inputs.plan["activation_checkpointing"], run.recipe.train.mlp_tiles > 1
+    account = Account(run.engine, flops, peak, checkpointing, tiled, profile.phase)
+    if isinstance(kl_of_replay, ReferenceDivergence):
+        account.listen(kl_of_replay.engine, trains=False)
+    for lacking in filter(None, (unknown, account.why_no_waits)):
+        run.tracker.say(lacking)
+    return account
+
+
+def evaluate_log_save(
+    run: Run, account: Account, row: dict[str, Any], show: str, seconds: float, stopping: bool
+) -> None:
+    """After a step, which took so long: evaluate, log its row and save, as far as each is due; then do as the gate and
+    signals (`stopping`) say."""
+    recipe, step, total = run.recipe, run.step, run.inputs.total_steps
+    to_evaluate = bool(run.inputs.suite.tasks) and run.inputs.suite.budget.is_due(step, seconds)
+    if to_evaluate and not stopping:
+        account.phase("evaluation")
+    evaluation = evaluate(run.inputs, run.engine, step, run.tracker) if to_evaluate and not stopping else None
+    abandoned = to_evaluate and evaluation is None  # by a signal; done after the resume, and the row logged then
+    stopping |= abandoned
+    verdict = evaluation.gate["decision"] if evaluation else "continue"
+    to_save = stopping or verdict == "stop" or is_due(step, recipe.checkpoint.every_steps, total)
+    to_save |= run.saver.keep_good and evaluation is not None and evaluation.is_fine
+    to_save &= verdict != "rollback"
+    if to_save:
+        account.phase("checkpoint")
+        run.saver.copy()
+    is_logged = bool(evaluation) or is_due(step, recipe.tracking.every_steps, total)
+    if run.pull is not None and is_logged:
+        row["train/l2_distance"] = run.pull.distance()
+    account.phase("logging")
+    if is_logged or abandoned:
+        row |= account.row()
+    if is_logged and not abandoned:
+        run.tracker.log(step, row | (evaluation.metrics if evaluation else {}) | run.saver.metrics(), show)
+    if to_save:  # in the background, and after the row: a run that goes on from here does not log it again
+        account.phase("checkpoint")
+        run.saver.write(checkpoint_state(run) | {"unevaluated": row if abandoned else None})
+    if evaluation and verdict == "stop":
+        stop_at_gate(recipe, run.cluster, run.tracker, run.saver, step, evaluation.gate)
+    if evaluation and verdict == "rollback":
+        go_back(run, evaluation)
+        account.forget()
+    if stopping:
+        run.saver.wait()
+        require_progress(recipe, run.cluster, run.tracker, run.saver, step)
+        leave_for_requeue(recipe, run.cluster, run.tracker, run.saver.saved_step)
+
+
+def checkpoint_state(run: Run) -> dict[str, Any]:
+    batches = run.inputs.batches
+    state = {"step": run.step, "tokens_seen": run.tokens_seen, "recipe": identity(run.recipe)}
+    state |= {"data": batches.fingerprint, "replay_label_weight": batches.replay_label_weight}
+    return state | {"world_size": run.cluster.world_size, "rollbacks": run.gentler.rollbacks}
 
 
 def is_due(step: int, every: int | None, total: int) -> bool:
     return step == total or (every is not None and step % every == 0)
 
 
-def set_up(
-    recipe: Recipe, cluster: Cluster, inputs: Inputs
-) -> tuple[Any, int, int, dict[str, Any] | None, Tracker, Saver, Pull | None]:
+def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     """Run folder, model, engine and checkpoint.
-
-    Returns:
-        engine, step, tokens seen, metrics of this step if its evaluation is still to be done, tracker, saver, the pull
-        to the base weights if there is one
 
     Raises:
         Preempted: a signal came to a rank.
@@ -275,7 +305,8 @@ def set_up(
         for skipped in resumed["skipped"]:
             tracker.say(f"skipped checkpoint {skipped}")
         tracker.say(f"resumed from {resumed['path']} at step {step}")
-    return engine, step, tokens_seen, unevaluated, tracker, saver, pull
+    gentler = know_rollbacks(recipe, pull)
+    return Run(recipe, cluster, inputs, engine, tracker, saver, pull, step, tokens_seen, unevaluated, gentler)
 
 
 def require_same(resumed: dict[str, Any], recipe: Recipe, batches: Batches) -> None:
@@ -377,41 +408,30 @@ def know_rollbacks(recipe: Recipe, pull: Pull | None) -> rollback.Gentler:
     return gentler
 
 
-def go_back(
-    recipe: Recipe,
-    cluster: Cluster,
-    engine: Any,
-    tracker: Tracker,
-    saver: Saver,
-    pull: Pull | None,
-    step: int,
-    evaluation: Measured,
-) -> tuple[int, int, rollback.Gentler]:
+def go_back(run: Run, evaluation: Measured) -> None:
     """Load the checkpoint of before the loss, and put aside what came after it. All ranks together.
-
-    Returns:
-        step and tokens seen to go on from, and how much gentler
 
     Raises:
         RetentionStopped: there is no checkpoint of before the loss.
     """
-    saver.wait()
-    watchdog.mark("rollback", step)
-    folder, gate = recipe.run_folder, recipe.retention.gate
-    if not on_all(lambda: rollback.begin(folder, step, gate, evaluation.gate["reasons"])):
+    run.saver.wait()
+    watchdog.mark("rollback", run.step)
+    folder, gate = run.recipe.run_folder, run.recipe.retention.gate
+    if not on_all(lambda: rollback.begin(folder, run.step, gate, evaluation.gate["reasons"])):
         reasons = [*evaluation.gate["reasons"], "there is no checkpoint of before it to go back to"]
-        stop_at_gate(recipe, cluster, tracker, saver, step, evaluation.gate | {"reasons": reasons})
+        told = evaluation.gate | {"reasons": reasons}
+        stop_at_gate(run.recipe, run.cluster, run.tracker, run.saver, run.step, told)
     on_all(lambda: rollback.finish(folder))
-    state = checkpoint.load_newest(engine, folder / "checkpoints")
+    state = checkpoint.load_newest(run.engine, folder / "checkpoints")
     assert state is not None
-    tracker.rewind(state["step"])
-    saver.rewind(state["step"])
-    gentler = know_rollbacks(recipe, pull)
-    tracker.say(
-        f"rolled back to step {state['step']} (rollback {gentler.rollbacks} of at most {gate.max_rollbacks}); the "
+    run.step, run.tokens_seen = state["step"], state["tokens_seen"]
+    run.tracker.rewind(run.step)
+    run.saver.rewind(run.step)
+    run.gentler = gentler = know_rollbacks(run.recipe, run.pull)
+    run.tracker.say(
+        f"rolled back to step {run.step} (rollback {gentler.rollbacks} of at most {gate.max_rollbacks}); the "
         f"learning rate is now {gentler.learning_rate:g}, pull and divergence {gentler.pull:g} times the recipe's"
     )
-    return state["step"], state["tokens_seen"], gentler
 
 
 def memory_metrics() -> dict[str, float]:
