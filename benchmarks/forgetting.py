@@ -235,12 +235,16 @@ class Bench:
     def _blend(self, subject: Subject, seed: int) -> None:
         """Blends of the round's plain model with the base: a sweep measures them all."""
         key = {"base": subject.name, "seed": seed, "blend": True}
+        tuned = self._folder(subject, PLAIN, seed)
         if any(row.items() >= key.items() for row in self.rows):
+            return
+        if not (tuned / "export").exists():
+            print(f"no blends of seed {seed}: {tuned} is not here any more", flush=True)
             return
         out = self._folder(subject, "blend", seed)
         shutil.rmtree(out, ignore_errors=True)
         started, alphas = time.strftime("%H:%M:%S"), ",".join(map(str, ALPHAS))
-        models = [str(subject.base), str(self._folder(subject, PLAIN, seed))]
+        models = [str(subject.base), str(tuned)]
         command = [sys.executable, "-m", "fullft.cli", "blend", *models, "--sweep", alphas, "--out", str(out)]
         measured = run(command, sample_seconds=1)
         points = json.loads((out / "blend.json").read_text())["points"]
