@@ -1,15 +1,18 @@
-"""A model fine-tuned on the same rows for the same steps by fullft and by TRL: losses, and who is right.
+"""A model fine-tuned on the same rows for the same steps by fullft, TRL and LLaMA-Factory: losses, and who is right.
 
-    python -m benchmarks.peers --model FOLDER --rows ROWS.jsonl --trl-python PYTHON [--steps 12]
+    python -m benchmarks.peers --model FOLDER --rows ROWS.jsonl [--trl-python PYTHON] [--llamafactory-python PYTHON]
+                               [--template smollm2] [--steps 12]
 
 ROWS have `question` and `answer`, as GSM8K's. 2 ZeRO-3 ranks in fp32 on a CPU, each row a sequence of its own, two
 micro-batches a step of each rank, constant learning rate; rows in fullft's order.
 
-- fullft       `deepspeed launch/train.py`
-- trl          SFTTrainer, which is given the rows as prompt and completion
-- trl, labels  SFTTrainer, which is given fullft's token ids and labels: what is left is how it trains
-- reference    of each of both sets of labels: one process without DeepSpeed, torch's AdamW, the mean over all labels of
-               the step. Who differs from it is wrong.
+- fullft         `deepspeed launch/train.py`
+- trl            SFTTrainer, which is given the rows as prompt and completion
+- trl, labels    SFTTrainer, which is given fullft's token ids and labels: what is left is how it trains
+- llamafactory   `llamafactory-cli train`, which knows the chat template by name
+
+Each is held to a reference on the token ids and labels that it made of the rows: one process without DeepSpeed, torch's
+AdamW, the mean over all labels of the step.
 """
 
 from __future__ import annotations
@@ -43,22 +46,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of a chat model")
     parser.add_argument("--rows", type=Path, required=True)
-    parser.add_argument("--trl-python", default=sys.executable, help="interpreter of an environment that has TRL")
+    parser.add_argument("--trl-python", help="interpreter of an environment that has TRL")
+    parser.add_argument("--llamafactory-python", help="of one that has LLaMA-Factory and DeepSpeed")
+    parser.add_argument("--template", default="smollm2", help="LLaMA-Factory's name of the model's")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--note", default="", help="stands in the results, e.g. what else the machine did")
     arguments = parser.parse_args()
     os.environ |= ENVIRONMENT
     with tempfile.TemporaryDirectory(prefix="fullft-benchmark-") as name:
         found = measure(Path(name), arguments)
-    reference, of_trl = found["reference"]["losses"], found["reference of trl's labels"]["losses"]
-    goals = [
-        goal(f"{name}: losses against the reference of its labels, relative", "<= 1e-4", apart, apart <= 1e-4)
-        for name, apart in (
-            ("fullft", difference(found["fullft"]["losses"], reference)),
-            ("trl, labels", difference(found["trl, labels"]["losses"], reference)),
-            ("trl", difference(found["trl"]["losses"], of_trl)),
-        )
-    ]
+    goals = []
+    for name, one in found.items():
+        apart = difference(one["losses"], one["reference_losses"])
+        goals.append(goal(f"{name}: losses against its reference's, relative", "<= 1e-4", apart, apart <= 1e-4))
     write("peers", found, goals, note=arguments.note)
 
 
@@ -77,15 +77,18 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "losses": [row["train/loss"] for row in log], "seconds": done.seconds, "peak_mib": done.peak_bytes >> 20,
         "step_seconds": statistics.median(row["time/step_seconds"] for row in log), **tell(ours, arguments.model),
     }  # fmt: skip
-    theirs: Rows = []
-    for name in ("trl", "trl, labels"):
-        found[name], rows = by_trl(folder, name, arguments)
-        theirs = rows if name == "trl" else theirs
-    settings = json.loads((folder / "trl.json").read_text())
-    found["reference"] = by_reference(settings, ours)
-    found["reference of trl's labels"] = by_reference(settings, theirs)
-    for name, one in found.items():
-        print(name, json.dumps({key: value for key, value in one.items() if key != "first_row"}), flush=True)
+    made = {"fullft": ours}
+    if arguments.trl_python:
+        for name in ("trl", "trl, labels"):
+            found[name], made[name] = by_trl(folder, name, arguments)
+    if arguments.llamafactory_python:
+        found["llamafactory"], made["llamafactory"] = by_llamafactory(folder, arguments)
+    settings, known = json.loads((folder / "trl.json").read_text()), list[tuple[Rows, list[float]]]()
+    for name, rows in made.items():
+        losses = next((losses for others, losses in known if others == rows), None) or by_reference(settings, rows)
+        known.append((rows, losses))
+        found[name] |= {"reference_losses": losses}
+        print(name, json.dumps(found[name]), flush=True)
     return found
 
 
@@ -160,6 +163,42 @@ def by_trl(folder: Path, name: str, arguments: argparse.Namespace) -> tuple[dict
     }, found["rows"]  # fmt: skip
 
 
+def by_llamafactory(folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], Rows]:
+    """With a recipe as its examples have them. Its log rounds losses."""
+    from datasets import load_from_disk
+
+    settings, name = json.loads((folder / "trl.json").read_text()), "llamafactory"
+    asked = [json.loads(line) for line in (folder / "trl.jsonl").read_text().splitlines()]
+    pairs = [(one["prompt"][0]["content"], one["completion"][0]["content"]) for one in asked]
+    rows = [{"instruction": ask, "input": "", "output": answer} for ask, answer in pairs]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
+    (folder / "zero3.json").write_text(json.dumps(settings["deepspeed"]))
+    recipe = folder / f"{name}.yaml"
+    recipe.write_text(yaml.safe_dump({
+        "model_name_or_path": settings["model"], "stage": "sft", "do_train": True, "finetuning_type": "full",
+        "deepspeed": str(folder / "zero3.json"), "dataset": "rows", "dataset_dir": str(folder),
+        "template": arguments.template, "cutoff_len": settings["sequence_length"], "disable_shuffling": True,
+        "tokenized_path": str(folder / "tokenized"), "output_dir": str(folder / name), "save_strategy": "no",
+        "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False, "disable_gradient_checkpointing": True,
+        "per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": settings["steps"], "learning_rate": settings["learning_rate"], "lr_scheduler_type": "constant",
+        "adam_beta1": settings["betas"][0], "adam_beta2": settings["betas"][1], "weight_decay": 0.0,
+        "max_grad_norm": settings["max_grad_norm"], "seed": settings["seed"],
+    }))  # fmt: skip
+    programs = Path(arguments.llamafactory_python).parent
+    path = f"{programs}:{os.environ['PATH']}"  # it starts `torchrun`
+    environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(RANKS), "PATH": path}
+    done = run([str(programs / "llamafactory-cli"), "train", str(recipe)], sample_seconds=1, **environment)
+    log = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
+    tokenized = load_from_disk(str(folder / "tokenized"))["train"]
+    made = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokenized]
+    return {
+        "losses": [row["loss"] for row in log if "loss" in row], "seconds": done.seconds,
+        "peak_mib": done.peak_bytes >> 20, **tell(made, arguments.model),
+    }, made  # fmt: skip
+
+
 def tell(rows: Rows, model: Path) -> dict[str, Any]:
     """What is trained on, and of the first row as text."""
     from transformers import AutoTokenizer
@@ -173,7 +212,8 @@ def tell(rows: Rows, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def by_reference(settings: dict[str, Any], rows: Rows) -> dict[str, Any]:
+def by_reference(settings: dict[str, Any], rows: Rows) -> list[float]:
+    """Loss of each step, nats a label."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -194,7 +234,7 @@ def by_reference(settings: dict[str, Any], rows: Rows) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return {"losses": losses}
+    return losses
 
 
 if __name__ == "__main__":
