@@ -28,6 +28,8 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from test_launch import ON_HOSTS, TRAIN, TRAINING_SECONDS, Run, free_port, skip_if
 
+from fullft.recipe import load_recipe
+
 DOCKER = REPOSITORY / "docker"
 SCRIPTS = sysconfig.get_path("scripts")
 ENTRYPOINT = str(DOCKER / "entrypoint.sh")
@@ -113,6 +115,11 @@ def state(recipe: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def environment_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(recipe["run_dir"]) / "env.json").read_text())
+    return found
+
+
 def assert_saved(recipe: dict[str, Any]) -> int:
     assert state(recipe)["status"] == "requeue"
     step: int = state(recipe)["step"]
@@ -144,15 +151,30 @@ def test_a_run_is_interrupted_twice_and_finished(recipe: dict[str, Any], run: Ru
     run.assert_nothing_left()
     saved = assert_saved(recipe)
 
-    # The only node of a Kubernetes job, with one rank: goes on from there. A second start finds nothing to do.
+    # The only node of a Kubernetes job, with one rank: goes on from there.
     kubernetes = {"MASTER_ADDR": "127.0.0.1", "NNODES": "1", "NODE_RANK": "0", "GPUS_PER_NODE": "1"}
     start(run, recipe, **kubernetes)
     assert run.wait(TRAINING_SECONDS) == 0, run.output
     assert state(recipe)["status"] == "done"
     assert [row["step"] for row in metrics(recipe)] == list(range(1, 201))
-    environment = json.loads((Path(recipe["run_dir"]) / "env.json").read_text())
+    environment = environment_of(recipe)
     assert (environment["launcher"], environment["world_size"]) == ("torchrun", "1")
     run.assert_nothing_left()
+
+    # The folder is done, but not for another recipe, though a launcher that dies at once may end with 0.
+    (run.folder / "deepspeed").symlink_to("/bin/true")
+    other = recipe | {"train": recipe["train"] | {"learning_rate": 2e-3}}
+    start(run, other, PATH=f"{run.folder}:{PATH}")
+    assert run.wait(60) == 2, run.output
+    assert "belongs to another recipe" in run.output
+
+    # What ranks end with, and torchrun does not tell, is what a Kubernetes job decides by.
+    settings = load_recipe(write_recipe(recipe, run.folder / "recipe.yaml")).retention.gate_settings
+    stopped = {"status": "stopped", "reason": "step 200: forgotten", "gate": settings}
+    (Path(recipe["run_dir"]) / "state.json").write_text(json.dumps(stopped))
+    start(run, recipe, **kubernetes)
+    assert run.wait(60) == 75, run.output
+    assert "stopped by retention.gate at step 200: forgotten" in run.output
 
 
 def test_a_bad_recipe_ends_it_before_anything_starts(recipe: dict[str, Any], run: Run) -> None:
