@@ -158,6 +158,7 @@ train() {
     deepspeed --hostfile "$hostfile" --force_multi "$train" "$@" &
   elif [ -n "${PET_MASTER_ADDR:-${MASTER_ADDR:-}}" ] && [ -n "$nodes" ]; then
     unset RANK WORLD_SIZE LOCAL_RANK
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # an elastic PyTorchJob: ranks that are started again meet anew
     torchrun_with_code --nnodes "$nodes" --node-rank "$node" \
       --nproc-per-node "$((per_node ? per_node : 1))" --master-addr "${PET_MASTER_ADDR:-$MASTER_ADDR}" \
       --master-port "${PET_MASTER_PORT:-${MASTER_PORT:-29500}}" "$train" "$@" &

@@ -64,7 +64,7 @@ def answer(code: int | None) -> str:
     """What JobSet does when a pod ends with this code (None: it was evicted and could not), by reason and message that
     Kubernetes gives a failed job."""
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
-    for rule in reversed(JOB["podFailurePolicy"]["rules"]):
+    for rule in JOB["podFailurePolicy"]["rules"]:
         assert rule["action"] == "FailJob"
         if code in rule.get("onExitCodes", {}).get("values", []):
             reason, message = "PodFailurePolicy", f"Container train for pod x failed with exit code {code} matching"
