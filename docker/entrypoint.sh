@@ -36,7 +36,7 @@ on_nodes() {
 # which is done: when the launcher has ended, "done" in the folder means this recipe.
 run_folder() {
   python -c '
-import argparse, sys
+import argparse, contextlib, sys
 from fullft.errors import EXIT_BAD_INPUT, BadInput
 from fullft.recipe import load_recipe
 from fullft.state import status
@@ -47,7 +47,8 @@ given = parser.parse_intermixed_args()
 try:
     recipe = load_recipe(given.config, given.overrides)
     if status(recipe.run_folder) == "done":
-        from fullft.preflight import check_run_folder  # seconds of imports
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed may log when it is imported
+            from fullft.preflight import check_run_folder
         check_run_folder(recipe)
     print(recipe.run_folder.resolve())
 except BadInput as error:

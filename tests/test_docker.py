@@ -161,7 +161,12 @@ def test_a_run_is_interrupted_twice_and_finished(recipe: dict[str, Any], run: Ru
     assert (environment["launcher"], environment["world_size"]) == ("torchrun", "1")
     run.assert_nothing_left()
 
-    # The folder is done, but not for another recipe, though a launcher that dies at once may end with 0.
+    # The folder is done, whatever the launcher says; but not for another recipe, when a launcher dies at once with 0.
+    (run.folder / "deepspeed").symlink_to("/bin/false")
+    start(run, recipe, PATH=f"{run.folder}:{PATH}")
+    assert run.wait(60) == 0, run.output
+    assert f"run {recipe['run_dir']}: done" in run.output
+    (run.folder / "deepspeed").unlink()
     (run.folder / "deepspeed").symlink_to("/bin/true")
     other = recipe | {"train": recipe["train"] | {"learning_rate": 2e-3}}
     start(run, other, PATH=f"{run.folder}:{PATH}")
