@@ -7,9 +7,9 @@
 #   health                                                         for HEALTHCHECK
 #   COMMAND …                                                      any program, or a verb of fullft
 #
-# Launchers do not carry the end of a run: DeepSpeed's returns 0 when its pdsh was killed, torchrun turns each code into
-# 1, and both kill ranks that are still saving. So signals go to the ranks themselves, ranks that a launcher has left are
-# waited for, and state.json of the run folder says how it ended.
+# Launchers do not carry the end of a run: DeepSpeed's returns 0 when its pdsh was killed, torchrun 1 whatever its ranks
+# return, and both kill ranks that are still saving. So signals go to the ranks themselves, ranks that a launcher has
+# left are waited for, and state.json of the run folder says how it ended.
 set -uo pipefail
 
 train=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/launch/train.py
@@ -32,18 +32,25 @@ on_nodes() {
   return $code
 }
 
-# The run folder of --config and overrides. Exit code 2 and all problems where the recipe is wrong.
+# The run folder of --config and overrides. Exit code 2 and all problems where the recipe is wrong, or not that of a run
+# which is done: when the launcher has ended, "done" in the folder means this recipe.
 run_folder() {
   python -c '
-import argparse, sys
+import argparse, contextlib, sys
 from fullft.errors import EXIT_BAD_INPUT, BadInput
 from fullft.recipe import load_recipe
+from fullft.state import status
 parser = argparse.ArgumentParser(prog="train")
 parser.add_argument("--config", required=True)
 parser.add_argument("overrides", nargs="*")
 given = parser.parse_intermixed_args()
 try:
-    print(load_recipe(given.config, given.overrides).run_folder.resolve())
+    recipe = load_recipe(given.config, given.overrides)
+    if status(recipe.run_folder) == "done":
+        with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed may log when it is imported
+            from fullft.preflight import check_run_folder
+        check_run_folder(recipe)
+    print(recipe.run_folder.resolve())
 except BadInput as error:
     sys.stderr.write(error.report())
     sys.exit(EXIT_BAD_INPUT)
@@ -86,15 +93,27 @@ exit_code() {
   now=$(state)
   status=$(sed -n 's/.*"status": *"\([a-z]*\)".*/\1/p' <<< "$now" | head -n 1)
   say "run $folder: ${status:-not started}, exit code of the launcher $1"
-  if [ "$now" = "$2" ]; then # this start has not come so far as to say anything
-    if [ -n "$signalled" ]; then return 85; fi
-    if [ "$status" = "done" ] && [ "$1" = 0 ]; then return 0; fi # it was done before, and nothing was left to do
-    return $(($1 == 0 || $1 > 128 ? 1 : $1))
-  fi
-  if [ "$status" = "done" ]; then return 0; fi
+  if [ "$status" = "done" ]; then return 0; fi # perhaps before: then nothing was left to do
+  if [ "$now" = "$2" ] && [ -n "$signalled" ]; then return 85; fi
+  # The start has not come so far as to say anything, or its ranks were killed, or this node does not see it yet.
+  if [ "$now" = "$2" ] || [ "$status" = running ]; then return $(($1 == 0 || $1 > 128 ? 1 : $1)); fi
   if [ -e "$folder/REQUEUE" ]; then return 85; fi
   if [ "$status" = stopped ] && grep -q '"gate"' <<< "$now"; then return 75; fi
   return 1
+}
+
+# torchrun, but with the exit code of the rank that failed first: a node of a Kubernetes job ends with it.
+torchrun_with_code() {
+  exec python -c '
+import sys
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except ChildFailedError as error:
+    sys.stderr.write(f"{error}\n")
+    sys.exit(max(1, error.get_first_failure()[1].exitcode))
+' "$@"
 }
 
 wait_for_hosts() {
@@ -139,7 +158,9 @@ train() {
     # --force_multi: one host that is not this one would be run here
     deepspeed --hostfile "$hostfile" --force_multi "$train" "$@" &
   elif [ -n "${PET_MASTER_ADDR:-${MASTER_ADDR:-}}" ] && [ -n "$nodes" ]; then
-    env -u RANK -u WORLD_SIZE -u LOCAL_RANK torchrun --nnodes "$nodes" --node-rank "$node" \
+    unset RANK WORLD_SIZE LOCAL_RANK
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # an elastic PyTorchJob: ranks that are started again meet anew
+    torchrun_with_code --nnodes "$nodes" --node-rank "$node" \
       --nproc-per-node "$((per_node ? per_node : 1))" --master-addr "${PET_MASTER_ADDR:-$MASTER_ADDR}" \
       --master-port "${PET_MASTER_PORT:-${MASTER_PORT:-29500}}" "$train" "$@" &
   else

@@ -155,7 +155,11 @@ def _submit_parser(verbs: Any) -> None:
     verb.add_argument("--account", metavar="NAME")
     verb.add_argument("--cpus-per-task", type=int, metavar="C", help="cores of each rank, which are bound to it")
     verb.add_argument("--network", choices=NETWORKS, default="plain", help="what NCCL is told (default plain)")
-    verb.add_argument("--container", metavar="IMAGE", help="for pyxis; an .sif file for apptainer")
+    verb.add_argument(
+        "--container",
+        metavar="IMAGE",
+        help="for pyxis; an .sif file for apptainer; runs the code of the checkout where you submit, else its own",
+    )
     verb.add_argument("--mount", action="append", default=[], metavar="DIR", help="seen in the container too")
     verb.add_argument("--setup", action="append", default=[], metavar="'LINE'", help="shell before training: modules")
     verb.add_argument("--sbatch", action="append", default=[], metavar="'--OPTION'", help="further option of sbatch")
@@ -482,10 +486,6 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     for name in ("gpus_per_node", "chain", "restarts"):
         if (value := getattr(arguments, name)) < (name != "restarts"):
             raise BadInput(f"--{name.replace('_', '-')}: {value} is too few")
-    if arguments.container and not Path("launch/train.py").exists():
-        raise BadInput(
-            "--container: the image runs launch/train.py of the folder where you submit, and there is none here"
-        )
     sweep = jobs.points(arguments.array)
     recipe = load_recipe(arguments.recipe, overrides)
     from fullft.engine import geometry

@@ -102,6 +102,12 @@ def _from_torch(env: Mapping[str, str]) -> Cluster:
             f"RANK={rank}, but {told}={env[told]}: RANK was set once for several processes, e.g. in the batch script, "
             "which runs on one node; leave it out under srun and mpirun, or set it in the command that they start"
         )
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and _number(env, "TORCHELASTIC_MAX_RESTARTS", 0):
+        # pytorch issue 135712: addresses of the ranks that have died stay in the store, and the next ones meet at them.
+        raise BadInput(
+            "torchrun --max-restarts would start ranks again that then hang: export "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and start it with --rdzv-backend c10d"
+        )
     per_node = next((_number(env, name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE") if name in env), None)
     if launcher == "deepspeed" and rank == 0 and per_node == world and _is_elsewhere(env["MASTER_ADDR"]):
         raise BadInput(

@@ -21,6 +21,7 @@ from fullft import lease
 from fullft.errors import BadInput
 
 TRAIN = Path(__file__).parent.parent / "launch" / "train.py"
+TRAIN_OF_IMAGE = "/opt/fullft/launch/train.py"  # docker/Dockerfile
 
 # What NCCL has to be told on which network: (line of the script, why).
 _NETWORKS: dict[str, list[tuple[str, str]]] = {
@@ -183,7 +184,9 @@ def _start(job: Job, config: Path) -> list[str]:
         options += [f"--cpus-per-task={job.cpus_per_task}", "--cpu-bind=cores"]  # not inherited since Slurm 22.05
     command = [sys.executable, str(TRAIN)]
     if job.container:
-        command = ["python", "launch/train.py"]
+        command = ["python", TRAIN_OF_IMAGE]
+        if Path("launch/train.py").exists():  # a checkout: all of its code, not its launch/ with the image's fullft/
+            command = ["env", 'PYTHONPATH="$PWD"', "python", "launch/train.py"]
         binds = ",".join(('"$PWD"', *map(shlex.quote, job.mounts)))
         if job.container.endswith(".sif"):
             command = ["apptainer", "exec", "--nv", "--bind", binds, "--pwd", '"$PWD"', job.container, *command]

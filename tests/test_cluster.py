@@ -68,6 +68,14 @@ def test_torchrun_tells_a_rank_its_place() -> None:
     assert me.is_main
 
 
+def test_torchrun_that_would_hang_when_it_starts_ranks_again_is_refused() -> None:
+    restarts = DEEPSPEED | {"TORCHELASTIC_RUN_ID": "71", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    shared = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert_names(problem(restarts | shared), "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+    assert discover(restarts | {"TORCHELASTIC_USE_AGENT_STORE": "False"}).launcher == "torchrun"
+    assert discover(restarts | shared | {"TORCHELASTIC_MAX_RESTARTS": "0"}).launcher == "torchrun"
+
+
 def test_torchrun_started_by_srun_once_a_node_has_the_say() -> None:
     me = discover(SRUN | DEEPSPEED | {"TORCHELASTIC_RUN_ID": "71"})
     assert (me.rank, me.world_size, me.launcher) == (3, 4, "torchrun")

@@ -113,6 +113,11 @@ def state(recipe: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def environment_of(recipe: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(recipe["run_dir"]) / "env.json").read_text())
+    return found
+
+
 def assert_saved(recipe: dict[str, Any]) -> int:
     assert state(recipe)["status"] == "requeue"
     step: int = state(recipe)["step"]
@@ -122,6 +127,9 @@ def assert_saved(recipe: dict[str, Any]) -> int:
 
 def launcher_of_the_node(run: Run) -> psutil.Process:
     return next(one for one in run.processes() if "deepspeed.launcher.launch" in one.cmdline())
+
+
+KUBERNETES = {"MASTER_ADDR": "127.0.0.1", "NNODES": "1", "NODE_RANK": "0", "GPUS_PER_NODE": "1"}
 
 
 @pytest.mark.ranks
@@ -144,15 +152,26 @@ def test_a_run_is_interrupted_twice_and_finished(recipe: dict[str, Any], run: Ru
     run.assert_nothing_left()
     saved = assert_saved(recipe)
 
-    # The only node of a Kubernetes job, with one rank: goes on from there. A second start finds nothing to do.
-    kubernetes = {"MASTER_ADDR": "127.0.0.1", "NNODES": "1", "NODE_RANK": "0", "GPUS_PER_NODE": "1"}
-    start(run, recipe, **kubernetes)
+    # The only node of a Kubernetes job, with one rank: goes on from there.
+    start(run, recipe, **KUBERNETES)
     assert run.wait(TRAINING_SECONDS) == 0, run.output
     assert state(recipe)["status"] == "done"
     assert [row["step"] for row in metrics(recipe)] == list(range(1, 201))
-    environment = json.loads((Path(recipe["run_dir"]) / "env.json").read_text())
+    environment = environment_of(recipe)
     assert (environment["launcher"], environment["world_size"]) == ("torchrun", "1")
     run.assert_nothing_left()
+
+    # The folder is done, whatever the launcher says; but not for another recipe, when a launcher dies at once with 0.
+    (run.folder / "deepspeed").symlink_to("/bin/false")
+    start(run, recipe, PATH=f"{run.folder}:{PATH}")
+    assert run.wait(60) == 0, run.output
+    assert f"run {recipe['run_dir']}: done" in run.output
+    (run.folder / "deepspeed").unlink()
+    (run.folder / "deepspeed").symlink_to("/bin/true")
+    other = recipe | {"train": recipe["train"] | {"learning_rate": 2e-3}}
+    start(run, other, PATH=f"{run.folder}:{PATH}")
+    assert run.wait(60) == 2, run.output
+    assert "belongs to another recipe" in run.output
 
 
 def test_a_bad_recipe_ends_it_before_anything_starts(recipe: dict[str, Any], run: Run) -> None:
@@ -161,6 +180,13 @@ def test_a_bad_recipe_ends_it_before_anything_starts(recipe: dict[str, Any], run
     assert run.wait(60) == 2, run.output
     assert run.output.count("  - train.learning_rate: ") == 1
     assert "deepspeed" not in run.output
+
+
+def test_what_ranks_end_with_is_what_a_node_of_a_kubernetes_job_ends_with(recipe: dict[str, Any], run: Run) -> None:
+    """torchrun's own code would be 1, and the job started again. (The variable is one that a PyTorchJob may set.)"""
+    start(run, recipe, **KUBERNETES, PET_MAX_RESTARTS="1")
+    assert run.wait(60) == 2, run.output
+    assert "training was not started" in run.output
 
 
 def test_a_command_or_a_verb_is_run_as_it_is(run: Run) -> None:

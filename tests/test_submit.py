@@ -17,7 +17,7 @@ from test_launch import ON_HOSTS, skip_if
 
 from fullft.cli import main
 from fullft.errors import BadInput
-from fullft.submit import NETWORKS, TRAIN, Job, counts, points, run_dir_of, script
+from fullft.submit import NETWORKS, TRAIN, TRAIN_OF_IMAGE, Job, counts, points, run_dir_of, script
 
 Submit = Callable[..., str]
 
@@ -113,6 +113,25 @@ def test_without_sbatch_it_says_where_to_run_it(
     monkeypatch.setattr(sys, "argv", ["fullft", "submit", str(config), "--nodes", "2", "--gpus-per-node", "1"])
     assert main() == 2
     assert "run this on a login node of the cluster, or give --dry-run" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    sys.argv += ["--container", "fullft.sqsh", "--dry-run"]
+    assert main() == 0
+    assert f"  python {TRAIN_OF_IMAGE} --config {config} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("container", ["fullft.sqsh", "fullft.sif"])
+def test_a_container_runs_the_code_of_the_checkout_or_its_own(
+    container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def text() -> str:
+        return script(Job("1", 8, container=container), Path("r.yaml"), [], "runs/r", [[]])
+
+    monkeypatch.chdir(REPOSITORY)
+    assert ' env PYTHONPATH="$PWD" python launch/train.py --config r.yaml ' in text()
+    monkeypatch.chdir(tmp_path)
+    assert f" python {TRAIN_OF_IMAGE} --config r.yaml " in text()
+    folder = TRAIN_OF_IMAGE.removesuffix("/launch/train.py")
+    assert f"\nCOPY . {folder}\n" in (REPOSITORY / "docker" / "Dockerfile").read_text()
 
 
 @pytest.mark.parametrize("network", NETWORKS)
