@@ -197,6 +197,8 @@ def test_ranks_with_different_micro_batches_are_named() -> None:
 def test_names_of_gpus_and_files_of_more(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="did you mean h100-80gb"):
         hardware.gpu("h100-80")
+    with pytest.raises(BadInput, match="did you mean a100-40gb or a100-80gb"):
+        hardware.gpu("A100")
     file = tmp_path / "more.yaml"
     entry = yaml.safe_load(hardware.TABLE.read_text())["h200"]
     file.write_text(yaml.safe_dump({"Mine": entry | {"memory_gib": 100}}))

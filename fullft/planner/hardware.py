@@ -55,7 +55,8 @@ def gpu(name: str, more: str | None = None) -> Gpu:
     known = gpus(more)
     if found := known.get(name.lower()):
         return found
-    like = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    like = [one for one in known if one.startswith(name.lower())]
+    like = like or difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(like)}?" if like else f"known: {', '.join(known)}"
     raise BadInput([f"--gpu {name}: no such GPU; {hint} Others are added by --hardware FILE.yaml"])
 
