@@ -93,7 +93,7 @@ def main() -> None:
 
 def remedies(rate: float, general: str) -> dict[str, list[str]]:
     """Overrides of each remedy. `rate`: learning rate of plain fine-tuning; `general`: rows for replay."""
-    replay = [f"data.replay=[{{path: {general}, fraction: 0.05, name: general}}]"]
+    replay = [f"data.replay=[{{path: {json.dumps(general)}, fraction: 0.05, name: general}}]"]
     kl = [*replay, "train.kl_weight=1.0"]
     pull, layers, ema = ["train.l2_pull=10"], ["train.layerwise_lr_decay=0.7"], ["train.ema_decay=0.98"]
     return {
