@@ -163,7 +163,7 @@ def know(run_folder: Path, generation: int) -> None:
     folder = run_folder / "lease"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)  # an NFS client may remember that it was not there; this asks
-        if _newest(folder, anew=True) == generation:  # else this host's run folder is another one, of no other job
+        if _newest(folder, anew=True) == generation:  # else it is lost already
             _held = _Lease(run_folder, generation, is_owner=False)
 
 
