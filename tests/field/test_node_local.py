@@ -14,6 +14,7 @@ from ranks import Ranks
 from test_architectures import SMALL, save_model
 from transformers import LlamaConfig
 
+from fullft.errors import BadInput
 from fullft.export import export_checkpoint
 
 pytestmark = [
@@ -98,6 +99,10 @@ def test_each_node_has_its_part_of_the_same_checkpoints_and_the_first_the_whole_
         assert files(first / step) == beside | {"__0_0.distcp"}
         assert files(second / step) == beside | {"__1_0.distcp", "__2_0.distcp"}
     assert not (trained.folder / "node2/export").exists()
+    with pytest.raises(
+        BadInput, match=r"__1_0.distcp is missing \(node2 wrote it\).* copied into one folder, are the whole"
+    ):
+        export_checkpoint(trained.folder / "node1", tmp_path / "out")
     # Put together they are a checkpoint like any other.
     whole = tmp_path / "run"
     for node in ("node1", "node2"):
