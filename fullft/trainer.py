@@ -56,7 +56,8 @@ from fullft.tracking import Tracker
 
 
 def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
-    """Train, from the start or from the newest checkpoint of the run folder, to the exported model. All ranks together.
+    """Train, from the start or from the newest checkpoint of the run folder, to the exported model. All ranks together,
+    when the run folder is this job's (`lease.take_together`).
 
     Raises:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
