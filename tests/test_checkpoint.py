@@ -70,6 +70,7 @@ def test_killed_and_started_again_equals_uninterrupted(
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resume_at_another_world_size(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path, ranks: int) -> None:
     long_recipe["train"] |= {"global_batch_size": 6, "steps": 16}
+    long_recipe["checkpoint"]["use_node_local_storage"] = True  # changes nothing where the folder is shared
     whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
     kill_after(long_recipe, 8, tmp_path / "killed.yaml", saved="step-00000005")
