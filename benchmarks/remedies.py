@@ -150,9 +150,7 @@ def prepared(recipe: dict[str, Any], name: str, remedy: dict[str, Any], folder: 
     pull = attach(engine, own.train, {})
     head, divergence = Head(engine), None
     if own.train.kl_weight:
-        if me.is_main:
-            lease.take(own.run_folder, 60)
-        lease.tell_ranks(own.run_folder)
+        lease.take_together(own.run_folder, 60)
         divergence, _ = replay_divergence(own, inputs.batches, engine, 0, inputs.total_steps)
 
     def step(number: int) -> None:

@@ -2,7 +2,8 @@
 
     checkpoints/step-00000200/   __<rank>_0.distcp, .metadata   torch.distributed.checkpoint files
                                  state.json                     step, tokens, recipe, ...
-                                 MANIFEST.json                  sizes and sha256 of all of these
+                                 MANIFEST.json                  sizes and sha256 of all of these; "hosts": of each rank,
+                                                                where these have not the same folder
 
 A checkpoint is written as step-00000200.g3.tmp (3: the generation of the run folder's lease) and renamed when every
 file is on disk. It holds the fp32 master weights and both AdamW moments as 1-D DTensors, 12 bytes a parameter, and
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from fullft import lease
+from fullft.cluster import is_shared
 from fullft.errors import BadInput
 from fullft.shards import (
     AVERAGE,
@@ -46,6 +48,7 @@ from fullft.shards import (
 
 MANIFEST = "MANIFEST.json"
 _THREADS = 8
+_PUT_TOGETHER = "The parts of a checkpoint that several hosts have, copied into one folder, are the whole checkpoint"
 
 Tensors = dict[str, dict[str, torch.Tensor]]  # {state: {parameter name: DTensor [numel] fp32}}
 
@@ -61,11 +64,12 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
     Raises:
         BadInput: none is whole, or it is of another model.
     """
+    apart = not is_shared(folder)
     candidates: list[Any] = [[str(path) for path in reversed(_named(folder))]]
     dist.broadcast_object_list(candidates, src=0)
     skipped: dict[str, str] = {}
     for name in candidates[0]:
-        if damage := _damage(Path(name)):
+        if damage := _damage(Path(name), apart):
             skipped[name] = damage
             continue
         state: dict[str, Any] = json.loads((Path(name) / "state.json").read_text())
@@ -78,6 +82,7 @@ def load_newest(engine: Any, folder: Path) -> dict[str, Any] | None:
         listed = "; ".join(f"{name}: {damage}" for name, damage in skipped.items())
         raise BadInput(
             f"run_dir: no checkpoint is whole ({listed}). To start again from the base model, delete {folder}"
+            + (f". To go on, start on the hosts that wrote them, with as many ranks. {_PUT_TOGETHER}" if apart else "")
         )
     return None
 
@@ -110,7 +115,8 @@ def find(folder: Path, step: int | None = None) -> tuple[Path, list[str]]:
             skipped.append(f"{path}: {damage}")
         else:
             return path, skipped
-    raise BadInput(f"no checkpoint is whole: {'; '.join(skipped)} ({listed})")
+    advice = f". {_PUT_TOGETHER}" if "wrote it)" in "".join(skipped) else ""
+    raise BadInput(f"no checkpoint is whole: {'; '.join(skipped)} ({listed}){advice}")
 
 
 class SavedWeights:
@@ -218,33 +224,45 @@ def _set_aside(path: Path) -> None:
     path.rename(damaged)
 
 
-def _damage(path: Path) -> str:
-    """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer."""
-    mine, unreadable = "", ""
+def _damage(path: Path, apart: bool) -> str:
+    """What is wrong with a checkpoint, empty if nothing. The ranks share the files to check and all get the answer.
+    `apart`: not all see the same files."""
+    mine, unreadable, manifest = "", "", ""
     try:
-        mine = _damage_of_share(path, dist.get_rank(), dist.get_world_size())
+        mine = _damage_of_share(path, dist.get_rank(), dist.get_world_size(), apart)
+        mine += f", on {socket.gethostname()}" if mine and apart else ""
+        manifest = "" if mine else _sha256(path / MANIFEST)
     except OSError as error:
         unreadable = f"rank {dist.get_rank()} on {socket.gethostname()}: {reason_of(error)}"
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (mine, unreadable))
-    if unreadable := next((unreadable for _, unreadable in found if unreadable), ""):
+    dist.all_gather_object(found, (mine, unreadable, manifest))
+    if unreadable := next((unreadable for _, unreadable, _ in found if unreadable), ""):
         raise RuntimeError(f"checkpoint {path} cannot be read ({unreadable}); it is left as it is. Start again")
-    return next((damage for damage, _ in found if damage), "")
+    if damage := next((damage for damage, *_ in found if damage), ""):
+        return damage
+    return f"{MANIFEST} is not the same on all hosts" if len({manifest for *_, manifest in found}) > 1 else ""
 
 
-def _damage_of_share(path: Path, number: int, shares: int) -> str:
-    """What is wrong with every `shares`-th file of a checkpoint, from that of `number` on; empty if nothing.
+def _damage_of_share(path: Path, number: int, shares: int, apart: bool = False) -> str:
+    """What is wrong with every `shares`-th file of a checkpoint, from that of `number` on; empty if nothing. `apart`:
+    with all that the rank `number` of `shares` will read.
 
     Raises:
         OSError: a file is there and cannot be read, as when a file server is away: that says nothing about it.
     """
     damage = ""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for entry in files[number::shares]:
+        manifest = json.loads((path / MANIFEST).read_text())
+        hosts = manifest.get("hosts", [])
+        files = manifest["files"] if apart else manifest["files"][number::shares]
+        if apart and len(hosts) == shares:
+            files = [entry for entry in files if _writer(entry["name"]) in (None, number)]
+        for entry in files:
             file = path / entry["name"]
             if not file.exists():
                 damage = f"{entry['name']} is missing"
+                if hosts and (rank := _writer(entry["name"])) is not None:
+                    damage += f" ({hosts[rank]} wrote it)"
             elif file.stat().st_size != entry["bytes"]:
                 damage = f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             elif _sha256(file) != entry["sha256"]:
@@ -254,6 +272,11 @@ def _damage_of_share(path: Path, number: int, shares: int) -> str:
     except (ValueError, KeyError, TypeError) as error:
         damage = f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     return damage
+
+
+def _writer(name: str) -> int | None:
+    """The rank that wrote a file of a checkpoint: 3 of __3_0.distcp; None: rank 0's folder and all others have it."""
+    return int(name.split("_")[2]) if name.startswith("__") else None
 
 
 def entry_of(file: Path) -> dict[str, Any]:

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import ipaddress
 import os
 import re
@@ -352,26 +354,35 @@ def on_all(action: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def is_shared(folder: Path) -> bool:
-    """Whether every rank sees what rank 0 writes to a folder. All ranks together."""
+@functools.cache  # mounts do not change
+def owners(folder: Path) -> list[int]:
+    """For each rank the lowest one that has the same folder: 0 for all where it is shared. All ranks together.
+
+    The folder is made where there is none."""
     import torch.distributed as dist
 
-    word: list[Any] = [secrets.token_hex(8)]
+    rank, word = dist.get_rank(), [secrets.token_hex(8)]
     dist.broadcast_object_list(word, src=0)
-    file = folder / f".seen-by-all-{word[0]}"
-    if dist.get_rank() == 0:
-        file.touch()
+    files = [folder / f".seen-{word[0]}-{number}" for number in range(rank + 1)]
+    with contextlib.suppress(OSError):  # a folder that cannot be written is that of no other rank
+        folder.mkdir(parents=True, exist_ok=True)
+        files[rank].touch()
     dist.barrier()
-    seen = file.exists()
-    for _ in range(_LOOKS):
-        if not seen:
-            time.sleep(1)
-            seen = file.exists()
-    answers: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, seen)
-    if dist.get_rank() == 0:
-        file.unlink()
-    return all(answers)
+    for look in range(_LOOKS + 1):
+        owner = next(number for number in range(rank + 1) if number == rank or files[number].exists())
+        if owner == 0 or look == _LOOKS:
+            break
+        time.sleep(1)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, owner)
+    with contextlib.suppress(OSError):
+        files[rank].unlink()
+    return found
+
+
+def is_shared(folder: Path) -> bool:
+    """Whether every rank sees what rank 0 writes to a folder. All ranks together."""
+    return not any(owners(folder))
 
 
 def available_host_memory() -> int:

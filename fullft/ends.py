@@ -29,7 +29,7 @@ from fullft.report.summary import model_card, write_report
 from fullft.retention import rollback
 from fullft.retention.rollback import step_of
 from fullft.saver import Saver
-from fullft.state import failure, leave_marker, set_state
+from fullft.state import failure, leave_marker, set_state, status
 from fullft.tracking import Tracker
 
 
@@ -163,9 +163,9 @@ def stop_at_non_finite(
 
 
 def mark_failed(folder: Path, reason: str) -> None:
-    """state.json: failed, if this process owns the folder; by what the first rank has left that did, as the others meet
-    no more than its absence."""
-    if lease.is_held():
+    """state.json: failed, if this process owns the folder and trains into it; by what the first rank has left that did,
+    as the others meet no more than its absence."""
+    if lease.is_held() and status(folder) == "running":
         with contextlib.suppress(OSError, LeaseLost):  # what has failed may be the disk
             set_state(folder, "failed", reason=failure(folder) or reason)
         lease.release()

@@ -202,7 +202,7 @@ def export(
         whole = {name: full for name, full in _watched(gathered_weights(engine, dtype)) if full is not None}
         if is_main:
             _write_computed(layout, meta, whole | buffers)
-    elif is_shared(partial):
+    elif is_shared(recipe.run_folder):
         how = "written by all ranks"
         write_parts(
             part for name, first, shard in _watched(master_shards(engine)) for part in layout.parts(name, first, shard)

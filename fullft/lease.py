@@ -23,9 +23,10 @@ after a question: an old checkpoint beyond those kept, and at the start of a run
 end that was interrupted. A freeze of lease_seconds between two system calls there could cost a checkpoint of the newer
 owner, which is then written again; it cannot make a wrong one.
 
-A process holds one lease at most. The other ranks are told the generation (`tell_ranks`): they renew nothing, but what
-they leave (state.json, REQUEUE, why they failed) is checked in the same way. Where no lease is known (before training,
-`fullft report`, a host whose run folder is not that of rank 0), `check` does nothing.
+A process holds one lease at most. The other ranks are told the generation (`take_together`): they renew nothing, but
+what they leave (state.json, REQUEUE, why they failed) is checked in the same way. Where ranks have run folders of their
+own (checkpoint.use_node_local_storage), the lowest rank of each takes its lease. Where no lease is known (before
+training, `fullft report`), `check` does nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,13 +99,60 @@ def take(run_folder: Path, lease_seconds: float) -> None:
             older.unlink(missing_ok=True)
 
 
-def tell_ranks(run_folder: Path) -> None:
-    """The other ranks know from now on which generation rank 0 has taken. All ranks together."""
+def take_together(run_folder: Path, lease_seconds: float, node_local: bool = False) -> None:
+    """Rank 0 owns the run folder, or where it is not the same for all the lowest rank of each; the others know the
+    generation. All ranks together.
+
+    Raises:
+        BadInput: on all ranks. A folder is owned by another process, or cannot be written; or not all ranks have the
+            same, unless that is asked for (`node_local`).
+    """
     import torch.distributed as dist
 
-    told = [generation()]
-    dist.broadcast_object_list(told, src=0)
-    know(run_folder, told[0])
+    from fullft.cluster import owners
+
+    folder = run_folder / "lease"
+    _on_each(run_folder, lambda: _probe(folder))
+    owner_of = owners(folder)
+    apart = owner_of if any(owner_of) else owners(run_folder / "checkpoints")  # it may be a link
+    hosts: list[Any] = [None] * len(owner_of)
+    dist.all_gather_object(hosts, socket.gethostname())
+    if any(apart) and not node_local:
+        others = sorted({host for host, owner in zip(hosts, apart, strict=True) if owner})
+        raise BadInput(
+            f"run_dir: {run_folder} is not the same folder on {', '.join(others)} as on {hosts[0]}. Put it on a file "
+            "system that all nodes share; or, with checkpoint.use_node_local_storage=true, each node keeps its part "
+            "of a checkpoint on its own disk, and the run can go on on the same nodes only"
+        )
+    mine = owner_of[dist.get_rank()]
+    _on_each(run_folder, lambda: take(run_folder, lease_seconds) if mine == dist.get_rank() else None)
+    generations: list[Any] = [None] * len(owner_of)
+    dist.all_gather_object(generations, generation())
+    know(run_folder, generations[mine])
+
+
+def _probe(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _server_time(folder)
+
+
+def _on_each(run_folder: Path, action: Callable[[], Any]) -> None:
+    """An action of every rank; BadInput on all, if it fails on any."""
+    import torch.distributed as dist
+
+    problem = ""
+    try:
+        action()
+    except BadInput as error:
+        problem = f"{error}, on {socket.gethostname()}"
+    except OSError as error:
+        problem = f"run_dir: {run_folder} cannot be written on {socket.gethostname()} ({error}); mend it, or choose "
+        problem += "another run_dir"
+    problems: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    if wrong := sorted(set(problems) - {""}):
+        release()
+        raise BadInput(wrong)
 
 
 def know(run_folder: Path, generation: int) -> None:
@@ -114,7 +163,7 @@ def know(run_folder: Path, generation: int) -> None:
     folder = run_folder / "lease"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)  # an NFS client may remember that it was not there; this asks
-        if _newest(folder, anew=True) == generation:  # else this host's run folder is another one, of no other job
+        if _newest(folder, anew=True) == generation:  # else it is lost already
             _held = _Lease(run_folder, generation, is_owner=False)
 
 

@@ -89,7 +89,9 @@ def preflight(
     suite = attempt(Suite, recipe, tokenizer)
     if suite is not None:
         problems += _prompt_problems(suite, meta)
-        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None:
+        # Another node's own run folder has parts of checkpoints, and no metrics.
+        other = recipe.checkpoint.use_node_local_storage and not (recipe.run_folder / "metrics.jsonl").exists()
+        if suite.tasks and newest(recipe.run_folder / "checkpoints") is not None and not other:
             problems += baseline.problems(suite)
         never, seldom = baseline.never_breached(suite)
         problems += never
@@ -200,7 +202,7 @@ def check_run_folder(recipe: Recipe) -> None:
         raise BadInput(f"run_dir: {folder} cannot be made: {file} is a file")
     if not folder.exists():
         return
-    before_training = ("lease", "slurm", REQUEUE)
+    before_training = ("lease", "slurm", REQUEUE, *(("checkpoints",) if newest(folder / "checkpoints") is None else ()))
     if folder.is_dir() and all(path.name in before_training or path.suffix == ".tmp" for path in folder.iterdir()):
         return  # empty, submitted, or a run that was killed before it had written anything
     if not (folder / "recipe.yaml").exists():
@@ -336,6 +338,11 @@ def _remedy_problems(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     if train.kl_weight and not recipe.data.replay:
         problems.append(
             "train.kl_weight: the divergence is taken on replay rows; give data.replay a set, or leave it out"
+        )
+    if train.kl_weight and train.kl_reference == "cache" and recipe.checkpoint.use_node_local_storage:
+        problems.append(
+            "train.kl_weight: all ranks read what the base model predicts from run_dir, which with "
+            "checkpoint.use_node_local_storage may not be the same for all; set train.kl_reference: model"
         )
     offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
     elsewhere = "device nvme" if offload.get("device") == "nvme" else "a ratio" if offload.get("ratio", 1) < 1 else ""

@@ -306,6 +306,10 @@ class Checkpoint(Section):
         True, description="training waits only for copies of the state in host memory (12 bytes a parameter, shared by "
         "all ranks), which are written in the background"
     )  # fmt: skip
+    use_node_local_storage: bool = Field(
+        False, description="run_dir may be another folder on each node: it has that node's part of each checkpoint, "
+        "rank 0's the rest; only the same nodes can go on from it. Without, such a run_dir is refused"
+    )  # fmt: skip
     lease_seconds: float = Field(
         60, ge=1, description="a run folder whose job does not renew its lease for so long is taken over by another job"
     )

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from fullft import lease, watchdog
 from fullft.checkpoint import MANIFEST, Tensors, all_complete, entry_of, newest, reason_of, tensors_of, to_disk
-from fullft.cluster import available_host_memory, is_shared
+from fullft.cluster import available_host_memory, owners
 from fullft.errors import LeaseLost
 from fullft.recipe import Checkpoint
 from fullft.report.summary import score
@@ -44,7 +44,11 @@ class Saver:
     """Writes the checkpoints of a run. All ranks together call `copy`, then `write`, at the same steps.
 
     A write that fails on any rank (disk full, I/O error) is told and counted, leaves the older checkpoints as they are,
-    and does not end the training. Every method raises LeaseLost on rank 0 if another job has taken over the run folder.
+    and does not end the training. Every method raises LeaseLost on the rank that owns the folder if another job has
+    taken it over.
+
+    Where ranks have folders of their own, each has the files of its ranks, beside the same MANIFEST.json, .metadata and
+    state.json: put together they are the whole checkpoint. It counts when rank 0's folder has it, whose is the last.
     """
 
     def __init__(
@@ -62,7 +66,10 @@ class Saver:
         self.resumed_step = self.saved_step = resumed_step  # the latter: the newest that is on disk
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST_WRITE)
         self._copies: Tensors | None = None  # in host memory, made at the first save and used for every one
-        self._asynchronous, self._shared = settings.asynchronous, _is_shared(folder, tracker)
+        self._asynchronous = settings.asynchronous
+        self._owners = owners(folder)
+        self._apart, self._owner = any(self._owners), self._owners[dist.get_rank()]
+        self._owns = self._owner == dist.get_rank()
         self._thread: threading.Thread | None = None
         self._lost: LeaseLost | None = None
         self._waited_seconds = 0.0
@@ -73,8 +80,6 @@ class Saver:
         """Copy the shards of this rank to host memory, once the write before has ended."""
         started = time.perf_counter()
         self.wait()
-        if not self._shared:
-            return
         if self._asynchronous and self._copies is None:
             self._copies, why_not = _allocate_copies(self._engine, self._group)
             if self._copies is None:
@@ -93,9 +98,6 @@ class Saver:
     def write(self, state: dict[str, Any]) -> None:
         """Write what `copy` has copied as the checkpoint of `state["step"]`: in the background, or at once without
         copies. The row of the step's metrics should be logged before: a resumed run does not log it again."""
-        if not self._shared:
-            self._rows.append({"checkpoint/failed": 1.0})
-            return
         started = time.perf_counter()
         self._tracker.sync()
         tensors = self._copies or tensors_of(list(optimizer_shards(self._engine)))
@@ -154,10 +156,10 @@ class Saver:
 
     def _write_together(self, tensors: Tensors, state: dict[str, Any], final: Path) -> str:
         """Returns what failed, on any rank, empty if nothing."""
-        opened, failure = self._on_main(lambda: _new_folder(lease.partial(final)))
+        opened, failure = self._on_each(self._owns, lambda: _new_folder(final))
         if failure:
             return failure
-        partial = Path(opened)
+        partial = Path(opened[self._owner])
         try:
             # Copied ahead, tensors would wait for the training's stream; these are in host memory or waited for anyway.
             writer = FileSystemWriter(partial, sync_files=True, per_thread_copy_ahead=0)
@@ -169,41 +171,71 @@ class Saver:
         except OSError as error:
             mine, failure = [], f"rank {dist.get_rank()} on {socket.gethostname()}: {reason_of(error)}"
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (mine, failure), group=self._group)
-        failure = next((failure for _, failure in parts if failure), "")
+        dist.all_gather_object(parts, (mine, failure, socket.gethostname()), group=self._group)
+        failure = next((failure for _, failure, _ in parts if failure), "")
         if not failure:
-            files = [entry for part, _ in parts for entry in part]
-            _, failure = self._on_main(lambda: self._commit(partial, final, files, state))
-        if failure and dist.get_rank() == 0:
+            manifest: dict[str, Any] = {"files": [entry for part, *_ in parts for entry in part]}
+            manifest |= {"hosts": [host for *_, host in parts]} if self._apart else {}
+            failure = self._complete(partial, final, manifest, state)
+        if failure and self._owns:
             shutil.rmtree(partial, ignore_errors=True)
         return failure
 
-    def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str]:
-        """(result, "") of an action on rank 0, or (None, what failed), on all ranks."""
-        answer: list[Any] = [None, ""]
-        if dist.get_rank() == 0:
-            try:
-                answer[0] = action()
-            except LeaseLost as error:
-                self._lost = error
-                answer[1] = str(error)
-            except Exception as error:
-                answer[1] = f"rank 0 on {socket.gethostname()}: {reason_of(error)}"
-        dist.broadcast_object_list(answer, src=0, group=self._group)
-        return answer[0], answer[1]
+    def _complete(self, partial: Path, final: Path, manifest: dict[str, Any], state: dict[str, Any]) -> str:
+        """Add what is not tensors, and give the checkpoint its name, in rank 0's folder last. Returns what failed."""
+        if self._apart:
+            others = self._owns and dist.get_rank() != 0
+            metadata, failure = self._on_main(lambda: (partial / ".metadata").read_bytes())
+            if not failure:
+                _, failure = self._on_each(others, lambda: self._commit(partial, final, manifest, state, metadata))
+            if failure:
+                return failure
+        kept, failure = self._on_main(lambda: self._commit(partial, final, manifest, state))
+        if self._apart and not failure:
+            _, left = self._on_each(others, lambda: _keep_only(self._folder, kept))
+            if left:
+                self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {left}")
+        return failure
 
-    def _commit(self, partial: Path, final: Path, files: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    def _commit(
+        self, partial: Path, final: Path, manifest: dict[str, Any], state: dict[str, Any], metadata: bytes | None = None
+    ) -> list[str]:
+        """Returns what checkpoints the folder then has. `metadata`: of rank 0, for a folder that is not its."""
+        if metadata is not None:
+            (partial / ".metadata").write_bytes(metadata)
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-        files += [entry_of(partial / name) for name in (".metadata", "state.json")]
-        (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+        manifest["files"] += [entry_of(partial / name) for name in (".metadata", "state.json")]
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
         to_disk(partial)
         lease.commit(final)
         to_disk(self._folder)
         try:
-            for old in _superfluous(self._folder, self._settings, self.keep_good):
+            for old in _superfluous(self._folder, self._settings, self.keep_good) if metadata is None else ():
                 lease.remove(old)
         except OSError as error:
             self._tracker.say(f"WARNING: a checkpoint that is no longer needed could not be deleted: {error}")
+        return [path.name for path in all_complete(self._folder)]
+
+    def _on_main(self, action: Callable[[], Any]) -> tuple[Any, str]:
+        """(result, "") of an action on rank 0, or (None, what failed), on all ranks."""
+        answer = [self._attempt(dist.get_rank() == 0, action)]
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        return answer[0]
+
+    def _on_each(self, acts: bool, action: Callable[[], Any]) -> tuple[list[Any], str]:
+        """(results by rank, what failed first) of an action on the ranks that act, on all ranks."""
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(answers, self._attempt(acts, action), group=self._group)
+        return [result for result, _ in answers], next((failure for _, failure in answers if failure), "")
+
+    def _attempt(self, acts: bool, action: Callable[[], Any]) -> tuple[Any, str]:
+        try:
+            return (action(), "") if acts else (None, "")
+        except LeaseLost as error:
+            self._lost = error
+            return None, str(error)
+        except Exception as error:
+            return None, f"rank {dist.get_rank()} on {socket.gethostname()}: {reason_of(error)}"
 
     def _tell_failure(self, name: str, failure: str) -> None:
         if self._lost is not None:
@@ -290,16 +322,10 @@ def _why_not_written(folder: Path) -> str:
     return ""
 
 
-def _is_shared(folder: Path, tracker: Tracker) -> bool:
-    """Whether all ranks see one folder for checkpoints; else none can be written, which is told. All ranks together."""
-    if dist.get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    if is_shared(folder):
-        return True
-    text = f"{folder} is not the same for all ranks, so no checkpoint will be written: a run that is killed starts anew"
-    tracker.say(f"WARNING: {text}. Put run_dir on a file system that all nodes share")
-    tracker.alert("no checkpoints", text)
-    return False
+def _keep_only(folder: Path, kept: list[str]) -> None:
+    for path in folder.glob("step-*"):
+        if path.name not in kept:
+            lease.remove(path)
 
 
 def _size(folder: Path) -> int:
@@ -311,8 +337,11 @@ def _size(folder: Path) -> int:
     return size
 
 
-def _new_folder(path: Path) -> str:
+def _new_folder(final: Path) -> str:
     lease.check()
-    shutil.rmtree(path, ignore_errors=True)  # of this step, from a write that failed
-    path.mkdir(parents=True)
-    return str(path)
+    if dist.get_rank() != 0 and final.exists():  # a part of what rank 0's folder has not, or not any more
+        lease.remove(final)
+    partial = lease.partial(final)
+    shutil.rmtree(partial, ignore_errors=True)  # of this step, from a write that failed
+    partial.mkdir(parents=True)
+    return str(partial)

@@ -56,7 +56,8 @@ from fullft.tracking import Tracker
 
 
 def train(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> None:
-    """Train, from the start or from the newest checkpoint of the run folder, to the exported model. All ranks together.
+    """Train, from the start or from the newest checkpoint of the run folder, to the exported model. All ranks together,
+    when the run folder is this job's (`lease.take_together`).
 
     Raises:
         TrainingStopped: loss or gradient norm is not finite; the weights are those of the step before.
@@ -253,9 +254,10 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     require_same_micro_batch([(host, size) for host, _, size in told])
     hosts = [host for host, *_ in told]
     if cluster.is_main:
-        _own_run_folder(recipe, cluster, inputs, hosts)
+        _describe_run(recipe, cluster, inputs, hosts)
         print(f"loading {recipe.model.path}", flush=True)
-    lease.tell_ranks(recipe.run_folder)
+    elif lease.is_held():  # of the folder of another node
+        lease.write(recipe.run_folder / "recipe.yaml", recipe.to_yaml())
     watchdog.start(recipe.run_folder, recipe.train.hang_timeout)
     torch.manual_seed(recipe.train.seed)
     resumes = [checkpoint.newest(recipe.run_folder / "checkpoints") is not None]
@@ -444,17 +446,16 @@ def memory_metrics() -> dict[str, float]:
     }
 
 
-def _own_run_folder(recipe: Recipe, cluster: Cluster, inputs: Inputs, hosts: list[str]) -> None:
-    """Take the lease of the run folder, and write down what is trained in it, and where (`hosts`: of each rank).
+def _describe_run(recipe: Recipe, cluster: Cluster, inputs: Inputs, hosts: list[str]) -> None:
+    """Write down in the run folder what is trained in it, and where (`hosts`: of each rank).
 
     Raises:
-        BadInput: another process trains into it, or it cannot be written.
+        BadInput: it cannot be written.
     """
     folder = recipe.run_folder
     environment: dict[str, Any] = host_report() | {"launcher": cluster.launcher, "world_size": str(cluster.world_size)}
     environment["ranks_of_host"] = {host: hosts.count(host) for host in sorted(set(hosts))}
     try:
-        lease.take(folder, recipe.checkpoint.lease_seconds)
         lease.write(folder / "recipe.yaml", recipe.to_yaml())
         lease.write(folder / "env.json", json.dumps(environment, indent=1))
         lease.write(folder / "plan.json", json.dumps(inputs.plan | {"warnings": inputs.warnings}, indent=1))

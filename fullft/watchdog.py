@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from fullft.cluster import owners
 from fullft.errors import EXIT_FAILED
 from fullft.state import leave_failure, set_state
 
@@ -70,7 +71,9 @@ def start(run_folder: Path, timeout: float) -> None:
     doors = {host: door for host, _, door in reversed(told) if door}  # that of the first rank of a host
     is_first = hosts.index(hosts[me]) == me
     others = {host: _looked_up(*door) for host, door in doors.items() if is_first and host != hosts[me]}
-    arguments = (run_folder, folder, me, hosts, others, timeout)
+    owner_of = owners(run_folder / "lease")  # ranks whose run folder is another one leave their reports there
+    ranks = [rank for rank, owner in enumerate(owner_of) if owner == owner_of[me]]
+    arguments = (run_folder, folder, me, ranks, hosts, others, timeout)
     threading.Thread(target=_watch, args=arguments, name="watchdog", daemon=True).start()
     threading.Thread(target=_watch_the_watch, args=(timeout,), name="watchdog of the watchdog", daemon=True).start()
 
@@ -112,7 +115,9 @@ def _unreached(others: Doors) -> list[str]:
         return [host for host, failed in zip(others, pool.map(fails, others.values()), strict=True) if failed]
 
 
-def _watch(run_folder: Path, folder: Path, rank: int, hosts: list[str], others: Doors, timeout: float) -> None:
+def _watch(
+    run_folder: Path, folder: Path, rank: int, ranks: list[int], hosts: list[str], others: Doors, timeout: float
+) -> None:
     global _looks
     pause = min(5.0, timeout / 10)
     seen, idle = _mark, 0.0
@@ -127,7 +132,7 @@ def _watch(run_folder: Path, folder: Path, rank: int, hosts: list[str], others: 
         folder.mkdir(parents=True, exist_ok=True)  # tells the other ranks
         _write_report(folder, rank, hosts[rank], _unreached(others))
         time.sleep(2 * pause + _CONNECT_SECONDS + 3)  # all ranks look once in `pause` seconds
-        _summarize(run_folder, folder, rank, hosts, timeout)
+        _summarize(run_folder, folder, rank, ranks, hosts, timeout)
     except Exception as error:  # what has failed may be the disk
         os.write(2, f"fullft: no progress for {timeout:g} s on rank {rank}; no report: {error}\n".encode())
         faulthandler.dump_traceback(2, all_threads=True)
@@ -146,11 +151,11 @@ def _watch_the_watch(timeout: float) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _summarize(run_folder: Path, folder: Path, rank: int, hosts: list[str], timeout: float) -> None:
+def _summarize(run_folder: Path, folder: Path, rank: int, ranks: list[int], hosts: list[str], timeout: float) -> None:
     reports = _read_reports(folder)
     summary = folder / "summary.txt"
     if rank == min(reports):
-        text = f"no progress for {timeout:g} s (train.hang_timeout)\n{compare(reports, hosts)}stacks: {folder}\n"
+        text = f"no progress for {timeout:g} s (train.hang_timeout)\n{compare(reports, hosts, ranks)}stacks: {folder}\n"
         os.write(2, f"fullft: {text}".encode())
         leave_failure(run_folder, rank, text)  # for a frozen rank that wakes by the launcher's signal
         set_state(run_folder, "failed", reason=text)
@@ -179,13 +184,16 @@ def _read_reports(folder: Path) -> dict[int, dict[str, Any]]:
     return {head["rank"]: head for head in heads}
 
 
-def compare(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
+def compare(reports: dict[int, dict[str, Any]], hosts: list[str], ranks: list[int] | None = None) -> str:
     """A line for each host that others do not reach, one for the ranks without a report, then one for each place at
     which ranks are, those to blame first: behind the others, else the fewer, else those outside of the libraries in
-    which a rank waits for others."""
+    which a rank waits for others. `ranks`: that report into this run folder; default: all."""
     lines = _broken_links(reports, hosts)
-    if missing := [rank for rank in range(len(hosts)) if rank not in reports]:
+    ranks = list(range(len(hosts))) if ranks is None else ranks
+    if missing := [rank for rank in ranks if rank not in reports]:
         lines.append(f"{_named(missing, hosts)} did not answer: frozen or dead")
+    if elsewhere := [rank for rank in range(len(hosts)) if rank not in ranks]:
+        lines.append(f"{_named(elsewhere, hosts)} report into run folders of their own")
     groups: dict[tuple[Any, ...], list[int]] = {}
     for rank, head in sorted(reports.items()):
         groups.setdefault((head["number"], head["step"], head["phase"], head["at"]), []).append(rank)

@@ -13,7 +13,7 @@ import traceback
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from fullft import cluster, signals
+from fullft import cluster, lease, signals
 from fullft.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -46,25 +46,27 @@ def main() -> int:
 
         transformers.utils.logging.disable_progress_bar()
         from fullft.export import push_to_hub
-        from fullft.preflight import finished, preflight, stopped_by_gate
-        from fullft.report.summary import table
+        from fullft.preflight import check_run_folder, preflight
         from fullft.tokenizer import files
         from fullft.trainer import train
 
-        if finished(recipe):
-            if me.is_main:
-                remove_marker(recipe.run_folder)
-                print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
-            return EXIT_DONE
-        if why := stopped_by_gate(recipe):
-            if me.is_main:
-                print(f"fullft: this run was stopped by retention.gate at {why}", file=sys.stderr, flush=True)
-            return EXIT_GATE
+        # Where each node has a run folder of its own, that of rank 0 says it, later.
+        code: int | None = None if recipe.checkpoint.use_node_local_storage else ended(me, recipe)
+        if code is not None:
+            return code
         inputs = preflight(recipe, me.world_size, ranks_per_node=me.ranks_per_node)
         files(recipe.model, weights=True)  # downloads, before any rank can wait in a collective
         cluster.join(me, recipe.train.timeout_minutes)
         cluster.require_same_code()
         signals.enter("loading")
+        local = recipe.checkpoint.use_node_local_storage
+        lease.take_together(recipe.run_folder, recipe.checkpoint.lease_seconds, local)
+        cluster.on_all(lambda: check_run_folder(recipe))  # once more: till now another job may have had it
+        code = cluster.on_all(lambda: ended(me, recipe))
+        if code is not None:
+            signals.enter("over")
+            cluster.leave()
+            return code
         train(recipe, me, inputs)
         cluster.leave()
         if me.is_main and recipe.export.push_to_hub:  # after the last collective: the others may go, it takes minutes
@@ -94,6 +96,23 @@ def main() -> int:
     return EXIT_FAILED
 
 
+def ended(me: cluster.Cluster, recipe: Recipe) -> int | None:
+    """The exit code of a run that is done, or was stopped by its gate, as rank 0 says; None if it is to be trained."""
+    from fullft.preflight import finished, stopped_by_gate
+    from fullft.report.summary import table
+
+    if finished(recipe):
+        if me.is_main:
+            remove_marker(recipe.run_folder)
+            print(f"{recipe.run_dir} is done already; nothing to do\n{table(recipe.run_folder)}")
+        return EXIT_DONE
+    if why := stopped_by_gate(recipe):
+        if me.is_main:
+            print(f"fullft: this run was stopped by retention.gate at {why}", file=sys.stderr, flush=True)
+        return EXIT_GATE
+    return None
+
+
 def tell_others(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseException) -> None:
     """Why this rank ends: the others may hang without it, and must not take the launcher's signal for a preemption."""
     if me is not None and recipe is not None:
@@ -109,4 +128,6 @@ def mark_failed(me: cluster.Cluster | None, recipe: Recipe | None, error: BaseEx
 
 
 if __name__ == "__main__":
-    cluster.exit_now(main())
+    exit_code = main()
+    lease.release()
+    cluster.exit_now(exit_code)

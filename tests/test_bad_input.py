@@ -564,6 +564,9 @@ def test_room_is_planned_for_the_newest_the_best_and_the_one_being_written(recip
     plain = preflight(parse_recipe(copy.deepcopy(recipe), ["checkpoint.keep=2"]), 1).plan
     exported = plain["run_folder_bytes"] - 3 * plain["checkpoint_bytes"]
     assert exported == 4 * plain["parameters"]
+    local = parse_recipe(copy.deepcopy(recipe), ["checkpoint.use_node_local_storage=true"])
+    of_node = preflight(local, 4, ranks_per_node=1).plan  # of 4, each with its part
+    assert of_node["run_folder_bytes"] == pytest.approx(3 * plain["checkpoint_bytes"] / 4 + exported, abs=3)
     recipe["data"]["validation"] = recipe["data"]["train"]
     best = preflight(parse_recipe(recipe, ["retention.every_steps=1"]), 1).plan
     assert best["run_folder_bytes"] == plain["run_folder_bytes"] + plain["checkpoint_bytes"]

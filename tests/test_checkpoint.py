@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TRAIN, Launch, kill, losses, metrics, start_ranks, write_recipe
+from conftest import (
+    TRAIN,
+    Launch,
+    before_training,
+    kill,
+    losses,
+    metrics,
+    run_ranks,
+    start_ranks,
+    write_recipe,
+)
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.ranks
@@ -60,6 +70,7 @@ def test_killed_and_started_again_equals_uninterrupted(
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_resume_at_another_world_size(long_recipe: dict[str, Any], launch: Launch, tmp_path: Path, ranks: int) -> None:
     long_recipe["train"] |= {"global_batch_size": 6, "steps": 16}
+    long_recipe["checkpoint"]["use_node_local_storage"] = True  # changes nothing where the folder is shared
     whole = long_recipe | {"run_dir": str(tmp_path / "whole")}
     launch(whole)
     kill_after(long_recipe, 8, tmp_path / "killed.yaml", saved="step-00000005")
@@ -88,6 +99,34 @@ def test_a_finished_run_is_not_run_again(recipe: dict[str, Any], launch: Launch)
     done = launch(recipe)
     assert "is done already" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in Path(recipe["run_dir"]).rglob("*")} == before
+
+
+def test_a_run_that_is_done_before_another_job_gets_its_folder_is_not_exported_again(
+    recipe: dict[str, Any], launch: Launch, tmp_path: Path
+) -> None:
+    launch(recipe)
+    run = Path(recipe["run_dir"])
+    written = {path: path.stat().st_mtime_ns for path in (run / "export").iterdir()}
+    (run / "state.json").rename(run / "state.later")  # for the next job it is done only after its first look
+    (run / "state.json").write_text('{"status": "running"}')
+    late = f"""
+from pathlib import Path
+from fullft import cluster
+join, later = cluster.join, Path({str(run)!r}, "state.later")
+def join_once_done(*arguments):
+    join(*arguments)
+    if arguments[0].is_main:
+        later.rename(later.with_suffix(".json"))
+cluster.join = join_once_done
+"""
+    script = before_training(late, tmp_path / "late.py")
+    done = run_ranks(script, "--config", str(tmp_path / "recipe.yaml"), ranks=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is done already") == 1
+    assert "loading" not in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in (run / "export").iterdir()} == written
+    assert json.loads((run / "state.json").read_text())["status"] == "done"
+    assert list((run / "lease").glob("generation-00000002.released"))
 
 
 def test_state_says_how_the_run_stands(recipe: dict[str, Any], launch: Launch) -> None:

@@ -90,7 +90,8 @@ def test_broken_links_clocks_and_folders_apart_are_named(facts: list[dict[str, A
     found = told(facts, links)
     assert [one[1] for one in found if "no connection" in one[2]] == ["n0 n1"]
     assert [one[1] for one in found if "clock" in one[2]] == ["n2"]
-    assert [one[1] for one in found if "share" in one[2]] == ["n3"]
+    assert [one[:2] for one in found if "share" in one[2]] == [("error", "n3")]
+    assert ("warning", "n3") in [one[:2] for one in told(facts, links, node_local=True) if "share" in one[2]]
 
 
 def test_a_run_without_room_is_told(facts: list[dict[str, Any]]) -> None:

@@ -376,7 +376,7 @@ FREE = {
     "export.push_to_hub": "a/b", "train.on_no_memory": "warn",
     "train.activation_checkpointing": "true", "train.kernels": "none", "train.timeout_minutes": "5",
     "retention.generation_batch_size": "3", "train.profile": "[2, 3]", "train.hang_timeout": "60",
-    "checkpoint.grace_seconds": "60",
+    "checkpoint.grace_seconds": "60", "checkpoint.use_node_local_storage": "true",
     "model.trust_remote_code": "true", "data.on_missing_cache": "error", "retention.every_steps": "3",
     "retention.max_overhead": "0.1", "retention.confidence": "0.9", "retention.gate.action": "stop",
     "retention.gate.max_drop": "0.5", "retention.gate.patience": "3", "retention.gate.rollback_lr_factor": "0.2",

@@ -288,6 +288,8 @@ def test_what_the_remedies_need(remedied: dict[str, Any]) -> None:
     del without["data"]["replay"], without["data"]["replay_weight"]
     with pytest.raises(BadInput, match="kl_weight: the divergence is taken on replay rows"):
         preflight(parse_recipe(without), 2)
+    with pytest.raises(BadInput, match=r"use_node_local_storage .* set train.kl_reference: model"):
+        preflight(parse_recipe(copy.deepcopy(remedied), ["checkpoint.use_node_local_storage=true"]), 2)
     without["data"]["replay_weight"] = 0.1
     with pytest.raises(BadInput, match="replay_weight: there is no replay"):
         parse_recipe(without)

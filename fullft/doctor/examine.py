@@ -54,7 +54,7 @@ def doctor(
         token = secrets.token_hex(8)
         facts, links, found = [host.look(recipe, token, socket.gethostname())], [], []
         host.forget(facts[0], token)
-    return _tell(Examined(facts, links, needs, network_gbps), found, as_json)
+    return _tell(Examined(facts, links, needs, network_gbps, _node_local(recipe)), found, as_json)
 
 
 def _needs(recipe: Recipe) -> dict[str, int]:
@@ -69,6 +69,10 @@ def _needs(recipe: Recipe) -> dict[str, int]:
     # Of any world size that the recipe can have: disk is the same on all.
     planned = disk(setting_of(recipe, model.on_meta(recipe.model), ranks, ranks, bf16=bf16))
     return {name: planned[name] for name in ("run_folder_bytes", "checkpoint_bytes")}
+
+
+def _node_local(recipe: Recipe | None) -> bool:
+    return recipe is not None and recipe.checkpoint.use_node_local_storage
 
 
 def _tell(examined: Examined, found: list[Finding], as_json: bool) -> int:
@@ -309,7 +313,8 @@ def _on_ranks(me: cluster.Cluster, recipe: Recipe | None, network_gbps: float | 
     if me.is_main:
         measured = [json.loads(store.get(f"links-{rank}")) for rank in ranks]
         needs = _needs(recipe) if recipe else {}
-        code = _tell(Examined([one for one in everyone if one], measured, needs, network_gbps), [], as_json)
+        examined = Examined([one for one in everyone if one], measured, needs, network_gbps, _node_local(recipe))
+        code = _tell(examined, [], as_json)
         store.set("code", str(code))
         for rank in ranks[1:]:
             store.get(f"heard-{rank}")

@@ -36,6 +36,7 @@ class Examined:
     links: list[dict[str, Any]] = field(default_factory=list)
     needs: dict[str, int] = field(default_factory=dict)  # of the planner: run_folder_bytes, checkpoint_bytes
     network_gbps: float | None = None  # expected of a link
+    node_local: bool = False  # checkpoint.use_node_local_storage
 
     @property
     def pairs(self) -> list[dict[str, Any]]:
@@ -203,7 +204,8 @@ def folders(examined: Examined) -> Iterator[Finding]:
         what = (
             f"run_dir is not on a file system that all hosts share ({', '.join(sorted(unseen))} see others' files not)"
         )
-        yield Finding("error", apart, what, "checkpoints need one: choose another run_dir, or mount it there")
+        mend = "choose another run_dir, or mount it there; or see checkpoint.use_node_local_storage"
+        yield Finding("warning" if examined.node_local else "error", apart, what, mend)
 
 
 def services(examined: Examined) -> Iterator[Finding]:

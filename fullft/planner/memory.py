@@ -466,5 +466,7 @@ def disk(setting: Setting) -> dict[str, Any]:
     kept += retention.goes_back  # that of before a loss
     export_dtype = recipe.export.dtype if recipe.export.dtype != "auto" else ("bf16" if setting.bf16 else "fp32")
     exported = {"bf16": 2, "fp16": 2, "fp32": 4}[export_dtype] * parameters
-    folder = (kept + 1) * checkpoint + exported
+    on_node = checkpoint * min(1, setting.gpus_per_node / setting.world_size)  # without a file system that all share
+    of_folder = round(on_node) if recipe.checkpoint.use_node_local_storage else checkpoint
+    folder = (kept + 1) * of_folder + exported
     return {"checkpoint_bytes": checkpoint, "export_dtype": export_dtype, "run_folder_bytes": folder}

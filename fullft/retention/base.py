@@ -202,8 +202,6 @@ def predict(engine: Any, rows: Rows, top_k: int, folder: Path, batch_size: int, 
     """
     top_k = min(top_k, engine.module.config.get_text_config().vocab_size)
     index = {"rows": rows.key, "top_k": top_k}
-    if dist.get_rank() == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
     if not is_shared(folder.parent):
         raise BadInput(
             f"run_dir: {folder} is not the same for all ranks, and each reads there what the base model predicts; put "
