@@ -71,11 +71,12 @@ def fullft(recipe: Any, me: Any, inputs: Any, turns: Turns) -> dict[str, Any]:
     """The whole of `fullft.trainer.train`, as launch/train.py calls it; it is left where its last turn ends."""
     import dataclasses
 
-    from fullft import signals
+    from fullft import lease, signals
     from fullft.trainer import train
 
     signals.listen(recipe, me)
     signals.enter("loading")
+    lease.take_together(recipe.run_folder, recipe.checkpoint.lease_seconds)
     try:
         train(recipe, me, dataclasses.replace(inputs, batches=Watched(inputs.batches, turns)))
     except Ended:
