@@ -96,10 +96,11 @@ exit_code() {
   if [ "$status" = "done" ]; then return 0; fi # perhaps before: then nothing was left to do
   if [ "$now" = "$2" ] && [ -n "$signalled" ]; then return 85; fi
   # The start has not come so far as to say anything, or its ranks were killed, or this node does not see it yet.
+  if [ -n "${has_code:-}" ] && [ "$1" = 0 ]; then return 0; fi # with node-local run folders only one node's says so
   if [ "$now" = "$2" ] || [ "$status" = running ]; then return $(($1 == 0 || $1 > 128 ? 1 : $1)); fi
   if [ -e "$folder/REQUEUE" ]; then return 85; fi
   if [ "$status" = stopped ] && grep -q '"gate"' <<< "$now"; then return 75; fi
-  return 1
+  return $(($1 == 2 ? 2 : 1)) # 2: what only a start shows, as data that has changed since
 }
 
 # torchrun, but with the exit code of the rank that failed first: a node of a Kubernetes job ends with it.
@@ -160,6 +161,7 @@ train() {
   elif [ -n "${PET_MASTER_ADDR:-${MASTER_ADDR:-}}" ] && [ -n "$nodes" ]; then
     unset RANK WORLD_SIZE LOCAL_RANK
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # an elastic PyTorchJob: ranks that are started again meet anew
+    has_code=1
     torchrun_with_code --nnodes "$nodes" --node-rank "$node" \
       --nproc-per-node "$((per_node ? per_node : 1))" --master-addr "${PET_MASTER_ADDR:-$MASTER_ADDR}" \
       --master-port "${PET_MASTER_PORT:-${MASTER_PORT:-29500}}" "$train" "$@" &

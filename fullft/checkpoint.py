@@ -93,6 +93,29 @@ def newest(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def require_one_run(run_folder: Path) -> None:
+    """Where nodes have run folders of their own, none has checkpoints that rank 0's folder has nothing of. All ranks
+    together.
+
+    Raises:
+        BadInput: another node has; they would be lost.
+    """
+    folder = run_folder / "checkpoints"
+    if is_shared(folder):
+        return
+    # One that was killed while it gave the first checkpoint its name has it as .tmp on rank 0's node.
+    mine = (socket.gethostname(), any(folder.glob("step-*")), bool(_named(folder)))
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    first, has_some, _ = told[0]
+    if not has_some and (others := sorted({host for host, _, has in told if has})):
+        raise BadInput(
+            f"run_dir: {run_folder} has checkpoints on {', '.join(others)}, and none on {first}, where rank 0 is. To "
+            f"go on with them, start on the hosts that wrote them, in the same order. {_PUT_TOGETHER}. Else delete "
+            "them, or use another run_dir"
+        )
+
+
 def find(folder: Path, step: int | None = None) -> tuple[Path, list[str]]:
     """The newest checkpoint that is whole, or that of a step, and what was passed over. By a process alone.
 

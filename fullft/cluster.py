@@ -369,7 +369,7 @@ def owners(folder: Path) -> list[int]:
         files[rank].touch()
     dist.barrier()
     for look in range(_LOOKS + 1):
-        owner = next(number for number in range(rank + 1) if number == rank or files[number].exists())
+        owner = next(number for number in range(rank + 1) if number == rank or _sees(files[number]))
         if owner == 0 or look == _LOOKS:
             break
         time.sleep(1)
@@ -378,6 +378,13 @@ def owners(folder: Path) -> list[int]:
     with contextlib.suppress(OSError):
         files[rank].unlink()
     return found
+
+
+def _sees(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # a rank that left here would let the others wait
+        return False
 
 
 def is_shared(folder: Path) -> bool:

@@ -112,7 +112,7 @@ def take_together(run_folder: Path, lease_seconds: float, node_local: bool = Fal
     from fullft.cluster import owners
 
     folder = run_folder / "lease"
-    _on_each(run_folder, lambda: _probe(folder))
+    _on_each(run_folder, lambda: _probe(folder, run_folder / "checkpoints"))
     owner_of = owners(folder)
     apart = owner_of if any(owner_of) else owners(run_folder / "checkpoints")  # it may be a link
     hosts: list[Any] = [None] * len(owner_of)
@@ -131,9 +131,10 @@ def take_together(run_folder: Path, lease_seconds: float, node_local: bool = Fal
     know(run_folder, generations[mine])
 
 
-def _probe(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    _server_time(folder)
+def _probe(*folders: Path) -> None:
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        _server_time(folder)
 
 
 def _on_each(run_folder: Path, action: Callable[[], Any]) -> None:

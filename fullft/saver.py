@@ -185,8 +185,9 @@ class Saver:
         """Add what is not tensors, and give the checkpoint its name, in rank 0's folder last. Returns what failed."""
         if self._apart:
             others = self._owns and dist.get_rank() != 0
-            metadata, failure = self._on_main(lambda: (partial / ".metadata").read_bytes())
-            if not failure:
+            told, failure = self._on_main(lambda: ((partial / ".metadata").read_bytes(), state))
+            if not failure:  # with rank 0's state: others' has their own times and memory
+                metadata, state = told
                 _, failure = self._on_each(others, lambda: self._commit(partial, final, manifest, state, metadata))
             if failure:
                 return failure

@@ -45,6 +45,7 @@ def main() -> int:
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
+        from fullft.checkpoint import require_one_run
         from fullft.export import push_to_hub
         from fullft.preflight import check_run_folder, preflight
         from fullft.tokenizer import files
@@ -61,6 +62,7 @@ def main() -> int:
         signals.enter("loading")
         local = recipe.checkpoint.use_node_local_storage
         lease.take_together(recipe.run_folder, recipe.checkpoint.lease_seconds, local)
+        require_one_run(recipe.run_folder)
         cluster.on_all(lambda: check_run_folder(recipe))  # once more: till now another job may have had it
         code = cluster.on_all(lambda: ended(me, recipe))
         if code is not None:
@@ -75,6 +77,7 @@ def main() -> int:
     except BadInput as error:
         tell_others(me, recipe, error)
         mark_failed(me, recipe, error)
+        lease.release()
         cluster.exit_bad_input(error, me)
     except Preempted:
         with contextlib.suppress(RuntimeError):  # a rank whose grace period was over has gone

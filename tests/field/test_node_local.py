@@ -35,13 +35,26 @@ subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 subprocess.run(["mount", "--bind", os.path.join(disk, node), os.path.join(disk, "run")], check=True)
 """
 
+# SIGTERM comes to rank 0 as its second step ends.
+SIGNAL = """
+import signal
+from fullft import account
+ended, steps = account.Account.end_step, []
+def end_step(self, *of_step):
+    steps.append(ended(self, *of_step))
+    if len(steps) == 2 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return steps[-1]
+account.Account.end_step = end_step
+"""
 
-def train(recipe: dict[str, Any], code: int = 0, nodes: tuple[str, ...] = NODES) -> str:
+
+def train(recipe: dict[str, Any], code: int = 0, nodes: tuple[str, ...] = NODES, more: str = "") -> str:
     """Run a rank on each node to the end; returns what they have said."""
     folder = Path(recipe["run_dir"]).parent
     for node in {"run", *nodes}:
         (folder / node).mkdir(exist_ok=True)
-    with Ranks(recipe, len(nodes), PROGRAM.format(nodes=nodes, folder=str(folder))) as ranks:
+    with Ranks(recipe, len(nodes), PROGRAM.format(nodes=nodes, folder=str(folder)) + more) as ranks:
         codes = ranks.codes()
         said = "\n".join(log.read_text() for log in ranks.logs)
     assert set(codes) == {code}, said
@@ -121,8 +134,12 @@ def test_the_same_nodes_go_on_to_the_same_model_and_others_are_told_what_they_la
     said = train(recipe, code=2, nodes=("node1", "node3", "node3"))
     assert "step-00000004: MANIFEST.json is missing, on node3" in said
     assert "start on the hosts that wrote them" in said
-    said = train(recipe)
+    said = train(recipe, code=2, nodes=("node3", "node2", "node2"))
+    assert "has checkpoints on node2, and none on node3, where rank 0 is" in said
+    said = train(recipe, code=85, more=SIGNAL)  # before the evaluation of the last step, whose row is saved
     assert f"resumed from {recipe['run_dir']}/checkpoints/step-00000004 at step 4" in said
+    said = train(recipe)
+    assert f"resumed from {recipe['run_dir']}/checkpoints/step-00000006 at step 6" in said
     again = metrics({"run_dir": str(first)})
     assert [row["train/loss"] for row in again if "train/loss" in row] == [
         row["train/loss"] for row in rows if "train/loss" in row
