@@ -345,6 +345,10 @@ def share(pairs: list[tuple[float, float]]) -> float | None:
 def goals_of(base: str, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for key, value in table.get(DEFAULT, {}).items():
+        task = key.removeprefix("lost ")
+        if key.startswith("lost ") and table[DEFAULT][f"spared {task}"] is None:
+            name = f"{base}: what the default remedy loses on {task}, where plain fine-tuning loses nothing"
+            found.append(goal(name, "<= 0", value[0], value[0] <= 0))
         if key == "kept" and value is not None:
             name = f"{base}: share of the skill gain that the default remedy keeps"
             found.append(goal(name, ">= 0.95", value, value >= 0.95))
