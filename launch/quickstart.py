@@ -73,6 +73,7 @@ The skill rose, and what the base model knew was lost on the way: forgetting. ({
 
 Next, a real model on real data (needs GPUs and access to the Hugging Face hub):
 
+  python -m benchmarks.abilities runs/abilities
   deepspeed launch/train.py --config launch/recipes/smollm2_gsm8k.yaml
 """)
 
