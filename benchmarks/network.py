@@ -165,7 +165,7 @@ def rank(folder: Path) -> None:
     torch.set_num_threads(1)
     me = cluster.discover()
     cluster.join(me, 5)
-    step = lambda: None  # noqa: E731
+    step: Any = None
     for line in sys.stdin:
         what, *words = json.loads(line)
         answer: dict[str, Any] = {}
