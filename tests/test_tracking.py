@@ -363,7 +363,8 @@ def real(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Ranks(recipe) as ranks:
         ranks.wait_until((run / "checkpoints").exists, "folder of checkpoints")
         (run / "checkpoints/step-00000004").touch()  # so that this checkpoint cannot be written, which is an alert
-        ranks.wait_until(lambda: '{"step": 5' in (run / "metrics.jsonl").read_text(), "step 5")
+        metrics = run / "metrics.jsonl"
+        ranks.wait_until(lambda: metrics.exists() and '{"step": 5' in metrics.read_text(), "step 5")
         ranks.send(signal.SIGKILL)
     (run / "checkpoints/step-00000004").unlink(missing_ok=True)
     with Ranks(recipe) as ranks:
