@@ -304,6 +304,8 @@ def check(path: str, overrides: list[str], world_size: int, resolved: bool, gpu:
         print(f"         {plan['gpu_bytes'] / GIB:.1f} GiB of a GPU at its peak, by the plan; it is a {plan['gpu']}")
     print(f"         micro-batch: {plan['micro_batch_why']}")
     print(f"         activation checkpointing: {plan['activation_checkpointing_why']}")
+    if plan["deepspeed_why"]:
+        print(f"         deepspeed: {plan['deepspeed_why']}")
     print(f"disk     {plan['run_folder_bytes'] / GIB:.2f} GiB for checkpoints and export in {recipe.run_dir}")
     for line in smallest_drops(inputs.suite):
         print(f"measures {line}")

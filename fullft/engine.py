@@ -56,14 +56,18 @@ _DECIDED_BY_RECIPE = {
 _WITHOUT_MASTER_WEIGHTS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
 
 
+# What `deepspeed: auto` is chosen from, by the planner: they differ in speed and memory, not in the numbers.
+FILES = ("ds_configs/zero3.json", "ds_configs/zero3_hpz.json", "ds_configs/zero3_offload.json")
+
+
 def read_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration file, as it stands.
+    """The DeepSpeed configuration file, as it stands; of `auto` that has not been chosen yet, the first.
 
     Raises:
         BadInput: missing, not JSON, not ZeRO stage 3, with keys that DeepSpeed does not know or the recipe decides, or
             without fp32 master weights.
     """
-    path = Path(recipe.deepspeed)
+    path = Path(FILES[0] if recipe.deepspeed == "auto" else recipe.deepspeed)
     if not path.exists() and not path.is_absolute():
         path = _PACKAGE / path
     try:
@@ -217,13 +221,14 @@ def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
     )
 
 
-def require_same_micro_batch(told: list[tuple[str, int]]) -> None:
-    """Raises BadInput if train.micro_batch_size `auto` has come to different sizes: (host, size) of each rank."""
-    if len({size for _, size in told}) == 1:
+def require_same_choice(told: list[tuple[str, int, str]]) -> None:
+    """Raises BadInput if `auto` has come to different ones: (host, train.micro_batch_size, deepspeed) of each rank."""
+    if len({choice[1:] for choice in told}) == 1:
         return
-    of = ", ".join(f"{size} on {host}" for host, size in sorted(set(told))[:8])
+    of = ", ".join(f"{size} and {file} on {host}" for host, size, file in sorted(set(told))[:8])
     raise BadInput(
-        f"train.micro_batch_size: auto comes to {of}, as their GPUs differ; give a number, the smallest of these"
+        f"train.micro_batch_size and deepspeed: auto comes to {of}, as their nodes differ; give the recipe the "
+        "smallest size, and one file"
     )
 
 

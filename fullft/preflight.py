@@ -70,16 +70,16 @@ def preflight(
         BadInput: with every problem found.
     """
     gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
-    config, meta, tokenizer, attention = _parts(recipe, world_size, ranks_per_node, gpus)
+    gpu = gpu or (hardware.here() if gpus else None)
+    config, meta, tokenizer, attention, file = _parts(recipe, world_size, ranks_per_node, gpus, gpu)
     problems = Problems()
     attempt = problems.attempt
     facts = model.facts(meta)
     precision = model.precision(recipe, on_gpu)
-    gpu = gpu or (hardware.here() if gpus else None)
     setting, why = _choose(recipe, meta, config, world_size, ranks_per_node, precision == torch.bfloat16, gpus, gpu)
     recipe = recipe.with_micro_batch(setting.micro_batch_size)
     geometry = engine.geometry(recipe, world_size)
-    planned = planner.plan(setting) | why
+    planned = planner.plan(setting) | why | file
     no_memory, little_memory = _memory_problems(recipe, setting, gpu)
     problems += (_disk_problems(recipe, planned) if room else []) + no_memory
     problems += activations.problems(recipe, meta) + kernels.problems(recipe, meta.config)
@@ -130,17 +130,15 @@ def preflight(
 
 
 def _parts(
-    recipe: Recipe, world_size: int, ranks_per_node: int | None, gpus: bool
-) -> tuple[dict[str, Any], PreTrainedModel, PreTrainedTokenizerBase, model.Attention]:
-    """DeepSpeed's configuration, model on the meta device, tokenizer and attention.
+    recipe: Recipe, world_size: int, ranks_per_node: int | None, gpus: bool, gpu: Gpu | None
+) -> tuple[dict[str, Any], PreTrainedModel, PreTrainedTokenizerBase, model.Attention, dict[str, str]]:
+    """DeepSpeed's configuration, model on the meta device, tokenizer, attention; and which `deepspeed` it is, and why.
 
     Raises:
         BadInput: with every problem of recipe, files and model.
     """
     problems = Problems()
     attempt = problems.attempt
-    config = attempt(engine.read_config, recipe)
-    config = config and attempt(engine.fit_to_nodes, config, recipe, world_size, ranks_per_node, gpus)
     geometry = attempt(engine.geometry, recipe, world_size)
     attempt(check_run_folder, recipe)
     if recipe.export.push_to_hub:
@@ -152,6 +150,15 @@ def _parts(
     tokenizer = attempt(load_tokenizer, recipe.model) if meta is not None else None
     if tokenizer is not None and recipe.model.grows:
         meta = attempt(model.on_meta, recipe.model, tokenizer)
+    why = ""
+    if recipe.deepspeed == "auto" and geometry is not None and meta is not None:
+        here = hardware.host_gib() if torch.cuda.is_available() else None
+        recipe, why = choose.file(
+            recipe, meta, gpu, world_size, ranks_per_node, node_gib=here,
+            bf16=model.precision(recipe, gpus) == torch.bfloat16, kernels=kernels.choose(recipe, meta.config, gpus)[0],
+        )  # fmt: skip
+    config = attempt(engine.read_config, recipe)
+    config = config and attempt(engine.fit_to_nodes, config, recipe, world_size, ranks_per_node, gpus)
     if meta is not None:
         problems += model.weights_of(recipe, meta, config or {"zero_optimization": {}}).problems
     if meta is not None and tokenizer is not None:
@@ -170,7 +177,7 @@ def _parts(
     problems += _remedy_problems(recipe, config or {})
     if problems or config is None or geometry is None or meta is None or tokenizer is None or attention is None:
         raise BadInput(problems)
-    return config, meta, tokenizer, attention
+    return config, meta, tokenizer, attention, {"deepspeed": recipe.deepspeed, "deepspeed_why": why}
 
 
 def _choose(

@@ -504,7 +504,9 @@ class Recipe(Section):
     tracking: Tracking = Tracking()  # type: ignore[call-arg]
     export: Export = Export()  # type: ignore[call-arg]
     deepspeed: str = Field(
-        "ds_configs/zero3.json", description="DeepSpeed configuration; its `auto` values are filled in"
+        "ds_configs/zero3.json",
+        description="DeepSpeed configuration, whose `auto` values are filled in; or auto: of zero3.json, with hpZ and "
+        "with the optimizer offloaded, the fastest that fits",
     )
 
     @model_validator(mode="after")
@@ -527,6 +529,9 @@ class Recipe(Section):
         """The same training, nothing measured."""
         data = self.data.model_copy(update={"validation": []})
         return self.model_copy(update={"data": data, "retention": Retention()})  # type: ignore[call-arg]
+
+    def with_deepspeed(self, file: str) -> Recipe:
+        return self.model_copy(update={"deepspeed": file})
 
     def with_micro_batch(self, size: int) -> Recipe:
         """With what `auto` has come to."""

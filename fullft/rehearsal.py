@@ -20,7 +20,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,7 @@ def rehearse(
         raise BadInput(f"--steps: {steps} is too few")
     setting = setting_to_rehearse(recipe, world_size, device, gpus_per_node)
     request = {
-        "recipe": recipe.model_dump(mode="json"), "world_size": world_size, "device": device, "steps": steps,
+        "recipe": setting.recipe.model_dump(mode="json"), "world_size": world_size, "device": device, "steps": steps,
         "micro_batches": micro_batches or min(2, setting.accumulation), "gpus_per_node": gpus_per_node,
         "count": count,
     }  # fmt: skip
@@ -116,8 +115,11 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     if problems:
         raise BadInput(problems)
     meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)
-    bf16 = model.precision(recipe, gpu) == torch.bfloat16
-    setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16)
+    bf16, here = model.precision(recipe, gpu) == torch.bfloat16, hardware.here() if gpu else None
+    fused = kernels.choose(recipe, meta.config, gpu)[0]
+    if recipe.deepspeed == "auto":
+        recipe, _ = choose.file(recipe, meta, here, world_size, gpus_per_node, bf16=bf16, kernels=fused)
+    setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16, kernels=fused)
     if str((setting.zero.get("offload_param") or {}).get("device")) == "nvme":
         problems.append(f"deepspeed: {recipe.deepspeed} has offload_param on nvme, which is not rehearsed")
     if bf16 and not gpu and setting.facts.parameters > _LARGEST_IN_BF16_ON_CPU:
@@ -129,8 +131,7 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
         problems.attempt(require_tileable, meta)
     if problems:
         raise BadInput(problems)
-    setting = replace(setting, kernels=kernels.choose(recipe, meta.config, gpu)[0])
-    auto, here = recipe.train.micro_batch_size == "auto", hardware.here() if gpu else None
+    auto = recipe.train.micro_batch_size == "auto"
     return choose.choose(setting, here, auto, meta.supports_gradient_checkpointing)[0]
 
 

@@ -29,8 +29,8 @@ from fullft.ends import (
 from fullft.engine import (
     for_evaluation,
     offloads_optimizer,
+    require_same_choice,
     require_same_groups,
-    require_same_micro_batch,
     start,
     with_parameters_on_host,
 )
@@ -249,9 +249,10 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     """
     told: list[Any] = [None] * cluster.world_size  # of each rank
     groups = inputs.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    dist.all_gather_object(told, (socket.gethostname(), groups, inputs.plan["micro_batch_size"]))
-    require_same_groups([(host, size) for host, size, _ in told], recipe)
-    require_same_micro_batch([(host, size) for host, _, size in told])
+    chosen = inputs.plan["micro_batch_size"], inputs.plan["deepspeed"]
+    dist.all_gather_object(told, (socket.gethostname(), groups, *chosen))
+    require_same_choice([(host, *chosen) for host, _, *chosen in told])
+    require_same_groups([(host, size) for host, size, *_ in told], recipe)
     hosts = [host for host, *_ in told]
     if cluster.is_main:
         _describe_run(recipe, cluster, inputs, hosts)
@@ -483,6 +484,7 @@ def _introduction(recipe: Recipe, cluster: Cluster, inputs: Inputs, trainable: i
         f"attn   {inputs.attention.name}: {inputs.attention.reason}",
         f"speed  kernels: {plan['kernels_why']}",
         f"memory activation checkpointing: {plan['activation_checkpointing_why']}",
+        *([f"memory deepspeed: {plan['deepspeed_why']}"] if plan["deepspeed_why"] else []),
         f"run    {recipe.run_folder}",
         *(f"warning: {warning}" for warning in inputs.warnings),
     ]

@@ -17,7 +17,7 @@ import yaml
 from conftest import write_recipe
 
 from fullft import cli, model, preflight
-from fullft.engine import require_same_micro_batch
+from fullft.engine import FILES, read_config, require_same_choice
 from fullft.errors import BadInput
 from fullft.planner import choose, hardware, memory, speed
 from fullft.planner.memory import GIB
@@ -59,6 +59,9 @@ def test_bytes_operations_and_time_are_those_of_the_formulas(setting: Setting) -
     assert moved["reduce_scatter"] == moved["all_gather_backward"] == moved["all_gather_forward"]
     hpz = speed.traffic(replace(setting, zero=plain | {"zero_hpz_partition_size": 8}))
     assert [one.network > 0 for one in hpz.values()] == [True, False, True]
+    # Four micro-batches gather once between the nodes, and eight times within them.
+    assert 4 * hpz["all_gather_forward"].network == pytest.approx(moved["all_gather_forward"].network)
+    assert hpz["all_gather_forward"].link == hpz["all_gather_backward"].link == moved["all_gather_forward"].link
     int8 = speed.traffic(replace(setting, zero=plain | {"zero_quantized_weights": True}))
     assert int8["all_gather_forward"].link == moved["all_gather_forward"].link / 2
     assert speed.traffic(replace(setting, world_size=1))["reduce_scatter"] == speed.Traffic(0, 0)
@@ -110,8 +113,24 @@ def test_times_of_update_and_latency(setting: Setting) -> None:
     shard = PARAMETERS / 16
     assert speed.update(replace(setting, zero=on_gpu), ONE_H100) == pytest.approx(shard * 30 / 3.35e12, rel=1e-3)
     offloaded = replace(setting, zero=on_gpu | {"offload_optimizer": {"device": "cpu"}})
-    host, pcie = shard * 30 * 8 / 200e9, shard * (2 + 2) / (63e9 * 0.8)
+    host, pcie = shard * 30 * 8 / 200e9, shard * 2 / (63e9 * 0.8)
     assert speed.update(offloaded, ONE_H100) == pytest.approx(host + pcie, rel=1e-3)
+    with_weights = replace(setting, zero=offloaded.zero | {"offload_param": {"device": "cpu"}})
+    assert speed.update(with_weights, ONE_H100) == pytest.approx(host, rel=1e-3)
+
+    # Gradients of four micro-batches in fp32: four times down, three times up. Weights: up in forward and in backward.
+    assert speed.to_and_from_host(replace(setting, zero=on_gpu)) == 0
+    assert speed.to_and_from_host(offloaded) == pytest.approx(4 * shard * 7 / 4, rel=1e-3)
+    assert speed.to_and_from_host(with_weights) == pytest.approx(4 * shard * 7 / 4 + 4 * shard, rel=1e-3)
+    of_one = replace(offloaded, accumulation=1)
+    assert speed.to_and_from_host(of_one) == pytest.approx(2 * shard, rel=1e-3)
+    inputs = replace(setting, zero=on_gpu, checkpointing="offload")
+    assert speed.to_and_from_host(inputs) == 2 * 2 * 8192 * 4096 * 32
+    slower = (
+        speed.predict(offloaded, ONE_H100).communication
+        - speed.predict(replace(setting, zero=on_gpu), ONE_H100).communication
+    )
+    assert slower == pytest.approx(4 * speed.to_and_from_host(offloaded) / (63e9 * 0.8))
     assert speed.update(offloaded, ONE_H100) > 50 * speed.update(replace(setting, zero=on_gpu), ONE_H100)
 
     assert speed.latency(setting) == pytest.approx(3 * 34 * 20e-6 * 4)  # 32 layers and the ends; 2^4 ranks
@@ -157,6 +176,34 @@ def test_auto_is_the_fastest_that_fits(setting: Setting) -> None:
     assert "no GPUs" in why["micro_batch_size"]
 
 
+def test_the_deepspeed_file_is_the_fastest_that_fits(plain: dict[str, Any]) -> None:
+    recipe = parse_recipe(plain, ["deepspeed=auto", "data.sequence_length=2048"])
+    meta = model.on_meta(recipe.model)
+
+    def chosen(gpus: int, gib: float = 79.6, recipe: Any = recipe, **more: Any) -> tuple[str, str]:
+        gpu = replace(ONE_H100, memory_gib=gib)
+        found, why = choose.file(recipe, meta, gpu, gpus, 8, **more)
+        assert why.startswith(f"{found.deepspeed} (auto: ")
+        return found.deepspeed, why
+
+    plainly, hpz, offloaded = FILES
+    assert chosen(16)[0] == plainly
+    slow, why = chosen(16, options={"network_gbps": 10})
+    assert slow == hpz
+    assert re.search(r"zero3\.json takes [1-9]\.\d\d × the time", why)
+    grows = parse_recipe(plain, ["deepspeed=auto", "data.sequence_length=2048", "model.vocabulary_multiple=8"])
+    assert chosen(16, options={"network_gbps": 10}, recipe=grows)[0] == plainly
+    small, why = chosen(8, 20)
+    assert small == offloaded
+    assert re.search(r"zero3\.json takes [\d.]+ of 20.0 GiB", why)
+    assert "hpz" not in why  # on one node
+    little, why = chosen(8, 20, node_gib=64)
+    assert little == plainly
+    assert "nothing fits" in why
+    assert "there are no GPUs" in choose.file(recipe, meta, None, 16, 8)[1]
+    assert read_config(recipe) == read_config(recipe.with_deepspeed(plainly))
+
+
 def test_what_would_fit_fits_and_is_told_by_keys_of_the_recipe(setting: Setting) -> None:
     gpu = hardware.gpu("a100-40gb")
     too_large = replace(setting, checkpointing="none", micro_batch_size=2, accumulation=2)
@@ -188,10 +235,13 @@ def test_a_run_that_does_not_fit_is_not_started(plain: dict[str, Any]) -> None:
     assert (len(refused), len(told)) == (0, 1)
 
 
-def test_ranks_with_different_micro_batches_are_named() -> None:
-    require_same_micro_batch([("a", 2), ("a", 2), ("b", 2)])
-    with pytest.raises(BadInput, match="2 on a, 1 on b"):
-        require_same_micro_batch([("a", 2), ("b", 1)])
+def test_ranks_that_come_to_different_choices_are_named() -> None:
+    plain, _, offloaded = FILES
+    require_same_choice([("a", 2, plain), ("a", 2, plain), ("b", 2, plain)])
+    with pytest.raises(BadInput, match=r"2 and .*zero3\.json on a, 1 and .*zero3\.json on b"):
+        require_same_choice([("a", 2, plain), ("b", 1, plain)])
+    with pytest.raises(BadInput, match=r"zero3\.json on a, 2 and .*zero3_offload\.json on b"):
+        require_same_choice([("a", 2, plain), ("b", 2, offloaded)])
 
 
 def test_names_of_gpus_and_files_of_more(tmp_path: Path) -> None:

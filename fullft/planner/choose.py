@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from fullft import engine
 from fullft.errors import BadInput
 from fullft.planner import memory, speed
 from fullft.planner.hardware import Gpu
@@ -17,6 +18,7 @@ from fullft.planner.setting import Setting, on_gpus, setting_of
 from fullft.recipe import Recipe
 
 HOST_GIB = 256  # of host memory for each GPU: nodes of 8 with 2 TiB, as clouds have them
+_WORTH = 1.05  # times as fast another DeepSpeed file must be than the plain one: the times are predicted
 _OF_FILE = ("offload_optimizer", "zero_hpz_partition_size")
 _MOST_SEQUENCES = 64  # of a micro-batch that `auto` looks at
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # GPUs of the clusters that are searched
@@ -27,11 +29,14 @@ def fits(setting: Setting, gpu: Gpu) -> bool:
     return memory.gpu_memory(setting).peak <= gpu.memory_gib * GIB
 
 
-def host_fits(setting: Setting) -> bool:
-    """Whether what is offloaded, if anything, has room in a usual node: a guess, as nobody has told the node's."""
-    ranks = min(setting.gpus_per_node, setting.world_size)
+def host_fits(setting: Setting, node_gib: float | None = None) -> bool:
+    """Whether what is offloaded, if anything, has room in a node's memory; None: in a usual one, which is a guess."""
     offloaded = memory.offloads(setting, "optimizer") or memory.offloads(setting, "param")
-    return not offloaded or sum(memory.host_memory(setting).values()) <= ranks * HOST_GIB * GIB
+    return not offloaded or sum(memory.host_memory(setting).values()) <= _node_gib(setting, node_gib) * GIB
+
+
+def _node_gib(setting: Setting, node_gib: float | None) -> float:
+    return node_gib or min(setting.gpus_per_node, setting.world_size) * HOST_GIB
 
 
 def seconds_of_token(setting: Setting, gpu: Gpu, **options: Any) -> float:
@@ -83,6 +88,65 @@ def choose(
     if auto_mode and not able:
         said += "; the architecture can compute no layer again"
     return best, _reasons(auto_mode, auto_micro_batch, best, said)
+
+
+def file(
+    recipe: Recipe, meta: Any, gpu: Gpu | None, world_size: int, gpus_per_node: int | None,
+    options: dict[str, Any] | None = None, node_gib: float | None = None, **fields: Any,
+) -> tuple[Recipe, str]:  # fmt: skip
+    """The recipe with what `deepspeed: auto` comes to, and why: the fastest that fits; the plain one if that is within
+    5 %, nothing fits, or there are no GPUs.
+
+    Args:
+        gpus_per_node: None where it is not known, which is for hpZ as one node.
+        options: of `speed.predict`.
+        node_gib: a node's memory; None: a usual one.
+        fields: of `setting_of`.
+
+    Raises:
+        BadInput: the batch cannot be.
+    """
+    plain, hpz, _ = engine.FILES
+    if gpu is None:
+        return recipe.with_deepspeed(plain), f"{plain} (auto: there are no GPUs, by whose memory it is chosen)"
+    per_node = min(gpus_per_node or world_size, world_size)
+    files = [one for one in engine.FILES if one != hpz or not recipe.model.grows]  # transformers loads it with hpZ
+    tried = [_best(recipe, meta, gpu, world_size, per_node, one, options or {}, fields, node_gib) for one in files]
+    if not any(fit for _, fit, _ in tried):
+        return recipe.with_deepspeed(plain), f"{plain} (auto: nothing fits)"
+    best = min(tried, key=lambda one: (not one[1], one[2] * (1 if one[0].recipe.deepspeed == plain else _WORTH)))
+    chosen, _, seconds = best
+    others = [_beside(one, seconds, gpu, node_gib) for one in tried if one is not best and not _without_use(one[0])]
+    said = "the fastest that fits" if chosen.recipe.deepspeed != plain else "the fastest that fits, or within 5 % of it"
+    return chosen.recipe, f"{chosen.recipe.deepspeed} (auto: {said}; {', '.join(others)})"
+
+
+def _without_use(setting: Setting) -> bool:
+    """hpZ on one node is the plain file."""
+    return setting.zero.get("zero_hpz_partition_size") == 1
+
+
+def _best(
+    recipe: Recipe, meta: Any, gpu: Gpu, world_size: int, per_node: int, file: str, options: dict[str, Any],
+    fields: dict[str, Any], node_gib: float | None = None,
+) -> tuple[Setting, bool, float]:  # fmt: skip
+    """The best setting with a DeepSpeed file, whether it fits, and its GPU-seconds of a token."""
+    setting = setting_of(recipe.with_deepspeed(file), meta, world_size, per_node, **fields)
+    auto = recipe.train.micro_batch_size == "auto"
+    best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
+    return best, fits(best, gpu) and host_fits(best, node_gib), seconds_of_token(best, gpu, **options)
+
+
+def _beside(tried: tuple[Setting, bool, float], seconds: float, gpu: Gpu, node_gib: float | None) -> str:
+    """What another file than the chosen one comes to."""
+    setting, fit, others = tried
+    if fit:
+        return f"{setting.recipe.deepspeed} takes {others / seconds:.2f} × the time"
+    if fits(setting, gpu):
+        needed, has = sum(memory.host_memory(setting).values()) / GIB, _node_gib(setting, node_gib)
+        return f"{setting.recipe.deepspeed} takes {needed:,.0f} of {has:,.0f} GiB of a node's memory"
+    needed = memory.gpu_memory(setting).peak / GIB
+    return f"{setting.recipe.deepspeed} takes {needed:.1f} of {gpu.memory_gib:.1f} GiB"
 
 
 def _reasons(mode: bool, micro_batch: bool, best: Setting, said: str) -> dict[str, str]:
@@ -170,46 +234,44 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
 
 
 def search(recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, **options: Any) -> list[dict[str, Any]]:
-    """For each GPU the smallest cluster that the recipe fits, with its own DeepSpeed file, and with the optimizer
-    offloaded where that is smaller; and of the sizes up to four times as large the one with the fewest GPU-seconds a
-    token. Smallest first."""
+    """For each GPU the smallest cluster that the recipe fits, with its own DeepSpeed file, with hpZ or offloaded; and
+    of the sizes up to four times that which needs no offloading the one with the fewest GPU-seconds a token. Smallest
+    first."""
     found = []
     for gpu in gpus:
-        of_gpu = list[dict[str, Any]]()
-        for offload in (False, True):
-            smallest = 0
-            for size in _SIZES:
-                if smallest and (offload or size > 4 * smallest):
-                    break
-                if of_gpu and offload and size >= of_gpu[0]["gpus"]:
-                    break
-                if one := _on(recipe, meta, gpu, size, gpus_per_node, offload, options):
-                    smallest = smallest or size
-                    of_gpu.append(one)
+        of_gpu, without = list[dict[str, Any]](), 0
+        for size in _SIZES:
+            if without and size > 4 * without:
+                break
+            if one := _on(recipe, meta, gpu, size, gpus_per_node, options):
+                of_gpu.append(one)
+                without = without or (0 if one["offload_optimizer"] else size)
         if of_gpu:
-            least = min(of_gpu, key=lambda one: one["gpus"])
             cheapest = min(of_gpu, key=lambda one: one["seconds_of_token"])
-            found += [least | {"is": "smallest"}]
-            found += [cheapest | {"is": "cheapest"}] if cheapest is not least else []
+            found += [of_gpu[0] | {"is": "smallest"}]
+            found += [cheapest | {"is": "cheapest"}] if cheapest is not of_gpu[0] else []
     return sorted(found, key=lambda one: (one["is"] != "smallest", one["gpus"], one["seconds_of_token"]))
 
 
 def _on(
-    recipe: Recipe, meta: Any, gpu: Gpu, size: int, gpus_per_node: int, offload: bool, options: dict[str, Any]
+    recipe: Recipe, meta: Any, gpu: Gpu, size: int, gpus_per_node: int, options: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The best setting on so many GPUs; None if the batch cannot be shared by them, or it does not fit."""
-    changed = {"deepspeed": "ds_configs/zero3_offload.json"} if offload else {}
+    """The best setting on so many GPUs; None if the batch cannot be shared by them, or none fits."""
+    own = engine.FILES[0] if recipe.deepspeed == "auto" else recipe.deepspeed
     try:
-        setting = setting_of(recipe.model_copy(update=changed), meta, size, min(size, gpus_per_node))
+        tried = [
+            _best(recipe, meta, gpu, size, min(size, gpus_per_node), file, options, {})
+            for file in dict.fromkeys((own, *engine.FILES[1:]))
+        ]
     except BadInput:
         return None
-    auto = recipe.train.micro_batch_size == "auto"
-    best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
-    if not fits(best, gpu) or not host_fits(best):
+    fitting = [(seconds * (1 if one.recipe.deepspeed == own else _WORTH), one) for one, fit, seconds in tried if fit]
+    if not fitting:
         return None
+    best = min(fitting, key=lambda one: one[0])[1]
     return {
         "gpu": gpu.name, "gpus": size, "micro_batch_size": best.micro_batch_size, "accumulation": best.accumulation,
-        "activation_checkpointing": best.checkpointing, "offload_optimizer": memory.offloads(best, "optimizer"),
-        "peak": memory.gpu_memory(best).peak, "seconds_of_token": seconds_of_token(best, gpu, **options),
-        "host": sum(memory.host_memory(best).values()),
+        "activation_checkpointing": best.checkpointing, "deepspeed": best.recipe.deepspeed,
+        "offload_optimizer": memory.offloads(best, "optimizer"), "peak": memory.gpu_memory(best).peak,
+        "seconds_of_token": seconds_of_token(best, gpu, **options), "host": sum(memory.host_memory(best).values()),
     }  # fmt: skip

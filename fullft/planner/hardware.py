@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,11 @@ def here() -> Gpu | None:
     if known := _of_device(device):
         return replace(known, memory_gib=memory)
     return replace(gpus()["h100-80gb"], name=device, memory_gib=memory)
+
+
+def host_gib() -> float:
+    """Memory of this machine, GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
 
 
 def _of_device(device: str) -> Gpu | None:

@@ -110,9 +110,14 @@ def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
     meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)
     bf16 = recipe.train.precision != "fp32"
     fused = "liger" if recipe.train.kernels == "liger" else kernels.choose(recipe, meta.config, False)[0]
-    setting = setting_of(recipe, meta, world_size, asked.gpus_per_node, bf16=bf16, kernels=fused)
+    fields: dict[str, Any] = {"bf16": bf16, "kernels": fused}
+    said: dict[str, str] = {}
+    setting = setting_of(recipe, meta, world_size, asked.gpus_per_node, **fields)
     steps, document = (None, None) if asked.tokens else of_data(recipe, setting)
     options = {"network_gbps": asked.network_gbps, "efficiency": efficiency, "document": document}
+    if recipe.deepspeed == "auto":
+        recipe, said["deepspeed"] = choose.file(recipe, meta, gpu, world_size, asked.gpus_per_node, options, **fields)
+        setting = setting_of(recipe, meta, world_size, asked.gpus_per_node, **fields)
     auto = recipe.train.micro_batch_size == "auto"
     setting, why = choose.choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
     needed, fits = memory.gpu_memory(setting), choose.fits(setting, gpu)
@@ -122,8 +127,9 @@ def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
         "fits": fits, "gpu": gpu.name, "gpus": world_size, "nodes": asked.nodes, "available": int(gpu.memory_gib * GIB),
         "peak": needed.peak, "model": setting.facts.architecture, "parameters": setting.facts.parameters,
         "micro_batch_size": setting.micro_batch_size, "gradient_accumulation_steps": setting.accumulation,
-        "activation_checkpointing": setting.checkpointing, "why": why, "memory": needed.parts,
-        "outside_of_torch": needed.outside, "host": memory.host_memory(setting), "disk": memory.disk(setting),
+        "activation_checkpointing": setting.checkpointing, "deepspeed": recipe.deepspeed, "why": why | said,
+        "memory": needed.parts, "outside_of_torch": needed.outside, "host": memory.host_memory(setting),
+        "disk": memory.disk(setting),
         "document_tokens": document, "step": timed, "run": run_of(setting, timed, tokens, asked.price_per_gpu_hour),
         "assumed": setting.layer.assumed, "would_fit": [] if fits else choose.changes(setting, gpu, **options),
     }  # fmt: skip
@@ -181,6 +187,8 @@ def table(found: dict[str, Any]) -> str:
         f"{found['gradient_accumulation_steps']} times",
         f"  activation checkpointing  {found['why']['activation_checkpointing']}",
     ]
+    if said := found["why"].get("deepspeed"):
+        lines.append(f"  deepspeed                 {said}")
     if found["assumed"]:
         lines.append(f"  assumed                   {found['assumed']}")
     if not found["fits"]:
@@ -217,6 +225,7 @@ def _time_lines(found: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} {one['link'] / 1e9:.1f} + {one['network'] / 1e9:.1f}"
         for name, one in timed["traffic"].items()
     )
+    hosted = f"; to and from host memory {timed['offloaded'] / 1e9:.1f}" if timed["offloaded"] else ""
     length = (
         f"documents of {found['document_tokens']} tokens" if found["document_tokens"] else "documents fill the rows"
     )
@@ -226,7 +235,7 @@ def _time_lines(found: dict[str, Any]) -> list[str]:
         f"  compute {timed['compute']:.2f} s, communication {timed['communication']:.2f} s, update "
         f"{timed['update']:.2f} s; without overlap {timed['step_without_overlap']:.2f} s, with perfect overlap "
         f"{max(timed['compute'], timed['communication']) + timed['update']:.2f} s",
-        f"  a GPU receives in a micro-batch, GB over the node's link + over the network: {received}",
+        f"  a GPU receives in a micro-batch, GB over the node's link + over the network: {received}{hosted}",
         f"  {timed['tokens_per_second_per_gpu']:,.0f} tokens/s per GPU, MFU {timed['mfu']:.0%}",
     ]  # fmt: skip
     if run := found["run"]:
@@ -244,11 +253,11 @@ def _search_lines(found: dict[str, Any]) -> list[str]:
         return []
     lines = ["", "smallest clusters, and those with the least GPU-time"]
     for one in found["search"]:
-        offloaded = ", optimizer offloaded" if one["offload_optimizer"] else ""
+        of_file = "" if one["deepspeed"] == found["deepspeed"] else f", deepspeed={one['deepspeed']}"
         hours = f"; {one['gpu_hours']:,.0f} GPU-hours, {one['hours']:,.1f} hours" if one.get("gpu_hours") else ""
         lines.append(
             f"  {one['is']:9} {one['gpus']:4} × {one['gpu']:11} micro-batch {one['micro_batch_size']}, checkpointing "
-            f"{one['activation_checkpointing']}{offloaded}, {one['peak'] / GIB:.1f} GiB, "
+            f"{one['activation_checkpointing']}{of_file}, {one['peak'] / GIB:.1f} GiB, "
             f"{one['host'] / GIB:,.0f} of a node{hours}"
         )
     return lines if found["search"] else [*lines, "  none up to 512 GPUs that the batch can be shared by"]

@@ -37,6 +37,7 @@ class Speed:
     """Seconds of a step and of its parts (the parts of all micro-batches of it), and what comes of them."""
 
     traffic: dict[str, Traffic]
+    offloaded: float  # bytes between GPU and host memory for a micro-batch
     compute: float
     communication: float
     update: float
@@ -75,12 +76,13 @@ def predict(
     network = (network_gbps or gpu.network_gbps) / 8 * 1e9 * BANDWIDTH
     link, moved = gpu.link_gbps * 1e9 * BANDWIDTH, traffic(setting)
     wire = sum(max(one.link / link, one.network / network) for one in moved.values())
+    wire += (hosted := to_and_from_host(setting)) / (gpu.pcie_gbps * 1e9 * BANDWIDTH)
     compute, communication = run / rate, wire + latency(setting)
     longer, shorter = max(compute, communication), min(compute, communication)
     many, last = setting.accumulation, update(setting, gpu)
     step = many * (longer + not_hidden * shorter) + last
     return Speed(
-        moved, many * compute, many * communication, last, step, many * (compute + communication) + last,
+        moved, hosted, many * compute, many * communication, last, step, many * (compute + communication) + last,
         many * setting.tokens / step, many * useful / step / (gpu.tflops * 1e12),
     )  # fmt: skip
 
@@ -104,7 +106,9 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
 
     gather, reduce   link M · (g - 1) / g; network M · (N - 1) / N for a node, shared by the cards of its g GPUs: rings,
                      of which each edge carries (N - 1) / N, that between nodes as well (not counted here)
-    hpZ              the gather of backward stays in the node; quantized weights 1/2 of bf16's
+    hpZ              only the first gather of a step leaves the node, of whose A in forward that is 1 / A: its copy is
+                     let go by the update (stage3.invalidate_secondary_tensor, DeepSpeed 0.19.8)
+    quantized weights    1/2 of bf16's
     quantized gradients  1/4 of bf16's, over the network M · (n - 1) / n of them: summed in the node first (ZeRO++)
     all-to-all       Ulysses: 4 in forward (q, k, v, result), as many in backward and in recomputation, of each
                      (s - 1) / s of low-precision [tokens, heads · width] (Jacobs et al. 2023); at least s heads of k, v
@@ -114,16 +118,18 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
     nodes = -(-setting.world_size // in_node)
     moved = float(size * setting.facts.parameters)
 
-    def collective(share: float, across: int) -> Traffic:
-        """across: the parts of which a node lacks one; 1 where nothing crosses."""
-        return Traffic(moved * share * (in_node - 1) / in_node, moved * share * (across - 1) / across / in_node)
+    def collective(share: float, across: int, crossing: float = 1.0) -> Traffic:
+        """across: the parts of which a node lacks one; crossing: of the times that it is done."""
+        network = crossing * moved * share * (across - 1) / across / in_node
+        return Traffic(moved * share * (in_node - 1) / in_node, network)
 
     ring = setting.world_size if nodes > 1 else 1
     weights = 1 / size if zero.get("zero_quantized_weights") else 1.0
     quantized = bool(zero.get("zero_quantized_gradients"))
+    hpz = zero.get("zero_hpz_partition_size", 1) > 1
     found = {
-        "all_gather_forward": collective(weights, ring),
-        "all_gather_backward": collective(weights, ring if zero.get("zero_hpz_partition_size", 1) <= 1 else 1),
+        "all_gather_forward": collective(weights, ring, 1 / setting.accumulation if hpz else 1.0),
+        "all_gather_backward": collective(weights, ring, 0.0 if hpz else 1.0),
         "reduce_scatter": collective(0.5 / size, nodes) if quantized else collective(1.0, ring),
     }
     if (shared := setting.sequence_parallel) > 1:
@@ -135,6 +141,22 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
     return found
 
 
+def to_and_from_host(setting: Setting) -> float:
+    """Bytes over PCIe of a GPU for a micro-batch, of A in a step, s elements a shard:
+
+    offload_param           weights come up for each gather, 2 · 2 s
+    offload_optimizer       gradients, 4 s (one micro-batch: 2 s): down in the first; in each later one what is there
+                            comes up, and the sum goes down (stage3.partition_grads, DeepSpeed 0.19.8): (2 A - 1) / A
+    checkpointing: offload  the input of each layer, 2 h a token, down and up
+    """
+    part, size, many = memory.shard(setting), memory.low(setting), setting.accumulation
+    weights = 2 * size * part if memory.offloads(setting, "param") else 0
+    gradient = 4 if many > 1 else size
+    gradients = gradient * part * (2 * many - 1) / many if memory.offloads(setting, "optimizer") else 0
+    inputs = 2 * size * setting.tokens * setting.layer.hidden * setting.facts.layers
+    return weights + gradients + (inputs if setting.checkpointing == "offload" else 0)
+
+
 def latency(setting: Setting) -> float:
     """Seconds of a micro-batch: two gathers and a reduction for each layer, embedding and head, each of
     `LATENCY` · log2(ranks)."""
@@ -143,13 +165,14 @@ def latency(setting: Setting) -> float:
 
 def update(setting: Setting, gpu: Gpu) -> float:
     """Seconds of AdamW on a shard: it reads a gradient, master and two moments in fp32 and writes the three and the
-    parameter, 28 + low bytes an element, from the GPU's memory, or if offloaded from the node's, which its GPUs share,
-    with gradient and parameter going over PCIe."""
+    parameter, 28 + low bytes an element, from the GPU's memory, or if offloaded from the node's, which its GPUs share;
+    then the parameter goes up over PCIe, unless it is offloaded too."""
     elements, size = memory.shard(setting), memory.low(setting)
     if not memory.offloads(setting, "optimizer"):
         return elements * (28 + size) / (gpu.memory_tbps * 1e12)
     sharing = min(setting.gpus_per_node, setting.world_size)
-    return elements * ((28 + size) * sharing / HOST_BANDWIDTH + 2 * size / (gpu.pcie_gbps * 1e9 * BANDWIDTH))
+    up = 0.0 if memory.offloads(setting, "param") else size / (gpu.pcie_gbps * 1e9 * BANDWIDTH)
+    return elements * ((28 + size) * sharing / HOST_BANDWIDTH + up)
 
 
 def cost(tokens: float, speed: Speed, world_size: int, price: float | None = None) -> dict[str, float | None]:
