@@ -505,6 +505,8 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
             geometry(own, more * ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
+    if gpu is None and on_gpu:
+        print("warning  nothing is said of GPU memory without --gpu, e.g. --gpu h100-80gb", file=sys.stderr)
     job = jobs.Job(
         arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account,
         arguments.cpus_per_task, arguments.network, arguments.container, tuple(arguments.mount),

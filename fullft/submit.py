@@ -119,13 +119,14 @@ def run_dir_of(run_dir: str, point: list[str]) -> str:
 
 
 def script(job: Job, config: Path, overrides: list[str], run_dir: str, sweep: list[list[str]]) -> str:
-    """The job script. Paths are relative to the folder where it is submitted, as are those of the recipe."""
+    """The job script. It runs in the folder of now, to which its paths and those of the recipe are relative, wherever
+    it is submitted by hand."""
     folder = Path(run_dir) / "slurm"
     name = re.sub(r"[^\w.-]", "_", Path(run_dir).name)
     # srun starts one task a node by itself; asked for one, Slurm (22.05) takes the fewest nodes of a range.
     tasks = None if "-" in job.nodes and job.gpus_per_node == 1 else job.gpus_per_node
     directives = {
-        "job-name": name, "nodes": job.nodes, "ntasks-per-node": tasks,
+        "job-name": name, "chdir": _quoted(str(Path.cwd())), "nodes": job.nodes, "ntasks-per-node": tasks,
         "gpus-per-node": job.gpus_per_node, "cpus-per-task": job.cpus_per_task, "time": job.time,
         "partition": job.partition, "account": job.account,
         "output": _quoted(str(folder).replace("%", "%%") + ("/%A_%a.log" if len(sweep) > 1 else "/%j.log")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,8 @@ def submit(nodes: slurm.Slurm, recipe: dict[str, Any], tmp_path: Path) -> Submit
     def run(*arguments: str, code: int = 0) -> str:
         config = write_recipe(recipe, tmp_path / "recipe.yaml")
         command = [sys.executable, "-m", "fullft.cli", "submit", str(config), "--gpus-per-node", "1", *arguments]
-        done = nodes.run(*command, env=ON_HOSTS | {"PYTHONPATH": str(REPOSITORY)}, check=False)
+        env = ON_HOSTS | {"PYTHONPATH": str(REPOSITORY)}
+        done = nodes.run(*command, env=env, cwd=tmp_path, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return str(done.stdout + done.stderr)
 
@@ -86,11 +88,18 @@ def test_a_job_that_is_told_to_end_is_requeued_and_ends_with_the_same_losses(
 def test_a_sweep_is_an_array_with_a_run_folder_for_each_point(
     nodes: slurm.Slurm, submit: Submit, tmp_path: Path
 ) -> None:
-    submit("--nodes", "1", "--array", "train.learning_rate=1e-3,1e-4")
-    folders = [tmp_path / f"run-learning_rate={rate}" for rate in ("1e-3", "1e-4")]
+    """And its script can be submitted by hand from anywhere, though the paths in it are relative."""
+    said = submit("--nodes", "1", "--array", "train.learning_rate=1e-3,1e-4", "run_dir=runs/sweep")
+    folders = [tmp_path / f"runs/sweep-learning_rate={rate}" for rate in ("1e-3", "1e-4")]
     wait_for(lambda: all(status(one) == "done" for one in folders), nodes, tmp_path)
     rates = [json.loads((one / "metrics.jsonl").read_text().splitlines()[0])["train/learning_rate"] for one in folders]
     assert rates == pytest.approx([1e-3, 1e-4])
+    assert "nothing is said of GPU memory" not in said  # on CPUs
+
+    shutil.rmtree(folders[1])
+    by_hand = ["sbatch", "--array=1", str(tmp_path / "runs/sweep/slurm/train.sbatch")]
+    nodes.run(*by_hand, env=ON_HOSTS | {"PYTHONPATH": str(REPOSITORY)}, cwd="/")
+    wait_for(lambda: status(folders[1]) == "done", nodes, tmp_path)
 
 
 @pytest.mark.cluster
@@ -167,10 +176,12 @@ def test_an_array_of_one_trains_where_it_was_checked() -> None:
     assert "run=runs/r; overrides=()" in script(Job("1", 8), Path("r.yaml"), [], "runs/r", points([]))
 
 
-def test_the_template_is_what_submit_renders() -> None:
+def test_the_template_is_what_submit_renders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
     template = REPOSITORY / "launch" / "slurm" / "train.sbatch"
     job = Job("8", 8, "24:00:00", "gpu", network="infiniband", grace_seconds=600)
     text = script(job, Path("launch/recipes/llama-3.1-70b.yaml"), [], "runs/llama-3.1-70b-math", [[]])
     lines = template.read_text().splitlines(keepends=True)
     kept = "".join(line for line in lines if not line.startswith("# EDIT: "))
-    assert kept == text.replace(f"{sys.executable} {TRAIN}", "python launch/train.py")
+    rendered = text.replace(f"{sys.executable} {TRAIN}", "python launch/train.py")
+    assert kept == rendered.replace(f"#SBATCH --chdir={REPOSITORY}\n", "")  # the template's is where it is submitted
