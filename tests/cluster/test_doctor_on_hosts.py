@@ -1,4 +1,4 @@
-"""`fullft doctor` over real ssh hosts: it names the host, or the link, that is wrong, and how it is mended."""
+"""`fullft doctor` over real ssh hosts and in an allocation: which host or link is wrong, and how it is mended."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 
 import hosts
 import pytest
+import slurm
 import ssh_hosts
 from conftest import CPU_RANKS, REPOSITORY, write_recipe
+from test_launch import ON_HOSTS
 
 pytestmark = pytest.mark.cluster
 
@@ -76,3 +78,20 @@ def test_hosts_that_are_fine_are_and_those_that_are_not_are_named(
     unreached = [one for one in found["findings"] if "ssh does not reach it" in one["what"]]
     assert [one["hosts"] for one in unreached] == [["n3"], ["n9"]]
     assert time.monotonic() - started < 120
+
+
+def test_the_ranks_of_an_allocation_examine_its_nodes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    if reason := slurm.unavailable():
+        pytest.skip(reason)
+    config = str(write_recipe(recipe, tmp_path / "recipe.yaml"))
+    changed = tmp_path / "changed.py"
+    changed.write_text((REPOSITORY / "fullft" / "errors.py").read_text() + "# changed\n")
+    with slurm.Slurm(tmp_path / "slurm", nodes=2) as nodes:
+        nodes.network["n1"].run("mount", "--bind", str(changed), str(REPOSITORY / "fullft" / "errors.py"))
+        command = ["srun", "-N2", "--ntasks-per-node=2", sys.executable, "-m", "fullft.cli", "doctor", config, "--json"]
+        done = nodes.run(*command, env=ON_HOSTS | {"PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert [one["host"] for one in found["hosts"]] == ["n0", "n1"]
+    assert any(pair["hosts"] == ["n0", "n1"] for link in found["links"] for pair in link["pairs"])
+    assert told(found, "another code of fullft")["hosts"] == ["n1"]
