@@ -1,7 +1,7 @@
-"""The CPU variant of the image, built from nothing without a registry, and runs in containers of it.
+"""Both variants of the image, built from nothing without a registry, and runs in containers of the CPU's.
 
-Takes minutes and 4 GB, so it is asked for: FULLFT_TEST_IMAGE=FOLDER, which keeps the layers. Debian's base
-image is made by debootstrap.
+Takes minutes and 4 GB, for GPUs an hour and 40 GB, so it is asked for: FULLFT_TEST_IMAGE=FOLDER, which keeps the
+layers. The base images are made by debootstrap, NVIDIA's of Ubuntu and of nvcc's packages for pip.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 FOLDER = Path(os.environ.get("FULLFT_TEST_IMAGE") or "/nonexistent")
 STORE = ["--root", str(FOLDER / "store"), "--runroot", str(FOLDER / "run")]
-BASE = re.findall(r"BASE=(debian:\S+)", (REPOSITORY / "docker/Dockerfile").read_text())[0]
-IMAGE = "localhost/fullft:cpu"
+DOCKERFILE = (REPOSITORY / "docker/Dockerfile").read_text()
+DEBIAN = "docker.io/library/" + re.findall(r"BASE=(debian:\S+)", DOCKERFILE)[0]
+NVCC, CUDA = ("docker.io/" + one for one in re.findall(r"^ARG \w*BASE=(\S+)", DOCKERFILE, re.MULTILINE))
+UBUNTU, UBUNTU_KEYRING = "http://archive.ubuntu.com/ubuntu", "ubuntu-keyring_2023.11.28.1_all.deb"
 # No CAP_SYS_RESOURCE is needed with these limits. Never podman's default network: it would change the machine's.
 LIMITS = ["--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096"]
 
@@ -34,14 +39,64 @@ def tool(*command: str, timeout: float = 1800) -> str:
     return done.stdout
 
 
-def make_base() -> None:
-    if not (FOLDER / "rootfs").exists():
-        tool("debootstrap", "--variant=minbase", "bookworm", str(FOLDER / "rootfs.part"))
-        (FOLDER / "rootfs.part").rename(FOLDER / "rootfs")
-    if f"docker.io/library/{BASE}" not in tool("buildah", *STORE, "images", "--format", "{{.Name}}:{{.Tag}}"):
-        container = tool("buildah", *STORE, "from", "scratch").strip()
-        tool("buildah", *STORE, "add", "-q", container, str(FOLDER / "rootfs"), "/")
-        tool("buildah", *STORE, "commit", "-q", "--rm", container, f"docker.io/library/{BASE}")
+def images() -> str:
+    return tool("buildah", *STORE, "images", "--format", "{{.Name}}:{{.Tag}}")
+
+
+def make_debian() -> None:
+    if DEBIAN not in images():
+        commit(root_of("bookworm"), DEBIAN)
+
+
+def make_cuda() -> None:
+    """The bases for GPUs. NVIDIA's have CUDA's compatibility libraries and more of its toolkit."""
+    if NVCC in images():
+        return
+    ubuntu = root_of("noble", "--components=main,universe", f"--keyring={keyring_of_ubuntu()}", UBUNTU)
+    commit(ubuntu, CUDA)
+    toolkit, lock = FOLDER / "toolkit", (REPOSITORY / "docker/requirements-gpu.txt").read_text()
+    shutil.rmtree(toolkit, ignore_errors=True)
+    locked = [re.search(rf"^nvidia-{one}==\S+", lock, re.MULTILINE) for one in _CUDA_LIBRARIES]
+    words = [f"nvidia-{one}~=13.0.0" for one in _CUDA_COMPILER] + [found[0] for found in locked if found]
+    tool(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(toolkit), *words)
+    cuda = toolkit / "nvidia/cu13"
+    (cuda / "lib64").symlink_to("lib")
+    for library in (cuda / "lib").glob("*.so.*"):
+        (cuda / "lib" / f"{library.name.partition('.so.')[0]}.so").symlink_to(library.name)
+    commit(ubuntu, NVCC, "--env", "PATH=/usr/local/cuda/bin:/usr/sbin:/usr/bin:/sbin:/bin", cuda=cuda)
+
+
+_CUDA_COMPILER = ("cuda-nvcc", "cuda-crt", "cuda-cccl", "nvvm")
+_CUDA_LIBRARIES = ("cuda-runtime", "cublas", "curand", "cusparse", "cusolver", "cufft")
+
+
+def root_of(suite: str, *words: str) -> Path:
+    """The folder of a distribution's smallest system."""
+    root, script = FOLDER / suite, Path("/usr/share/debootstrap/scripts", suite)
+    if not script.exists():
+        script.symlink_to("gutsy")  # that of all Ubuntus
+    if not root.exists():
+        *options, mirror = words or ("http://deb.debian.org/debian",)
+        tool("debootstrap", "--variant=minbase", *options, suite, f"{root}.part", mirror)
+        Path(f"{root}.part").rename(root)
+    return root
+
+
+def keyring_of_ubuntu() -> Path:
+    package = FOLDER / UBUNTU_KEYRING
+    urllib.request.urlretrieve(f"{UBUNTU}/pool/main/u/ubuntu-keyring/{UBUNTU_KEYRING}", package)
+    tool("dpkg-deb", "-x", str(package), str(FOLDER / "keyring"))
+    return FOLDER / "keyring/usr/share/keyrings/ubuntu-archive-keyring.gpg"
+
+
+def commit(root: Path, name: str, *config: str, cuda: Path | None = None) -> None:
+    container = tool("buildah", *STORE, "from", "scratch").strip()
+    tool("buildah", *STORE, "add", "-q", container, str(root), "/")
+    if cuda:
+        tool("buildah", *STORE, "add", "-q", container, str(cuda), "/usr/local/cuda")
+    if config:
+        tool("buildah", *STORE, "config", *config, container)
+    tool("buildah", *STORE, "commit", "-q", "--rm", container, name)
 
 
 def options_of_pip() -> list[str]:
@@ -55,24 +110,30 @@ def options_of_pip() -> list[str]:
     return options
 
 
-@pytest.fixture(scope="module")
-def image() -> str:
+def build(variant: str, **arguments: str) -> str:
+    """The image of a variant, by its base images and other arguments; returns its name."""
+    name = f"localhost/fullft:{variant}"
+    given = {"VARIANT": variant} | arguments
+    words = [word for key, value in given.items() for word in ("--build-arg", f"{key}={value}")]
+    how = ["--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"]  # OCI's format has no SHELL
+    command = ["buildah", *STORE, "bud", *how, *words, *options_of_pip(), "-f", "docker/Dockerfile", "-t", name, "."]
+    tool(*command, timeout=7200)
+    return name
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder() -> None:
     if "FULLFT_TEST_IMAGE" not in os.environ:
-        pytest.skip("takes minutes and 4 GB; set FULLFT_TEST_IMAGE=FOLDER")
+        pytest.skip("takes minutes and 4 GB, for GPUs an hour and 40 GB; set FULLFT_TEST_IMAGE=FOLDER")
     if reason := hosts.unavailable() or hosts.missing("buildah", "podman", "runc", "debootstrap"):
         pytest.skip(reason)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    make_base()
-    arguments = {
-        "VARIANT": "cpu",
-        "OPS": "",
-        "BUILD_BASE": f"docker.io/library/{BASE}",
-        "BASE": f"docker.io/library/{BASE}",
-    }
-    words = [word for name, value in arguments.items() for word in ("--build-arg", f"{name}={value}")]
-    how = ["--isolation", "chroot", "--pull=never", "--format", "docker", "--layers"]  # OCI's format has no SHELL
-    tool("buildah", *STORE, "bud", *how, *words, *options_of_pip(), "-f", "docker/Dockerfile", "-t", IMAGE, ".")
-    return IMAGE
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    make_debian()
+    return build("cpu", OPS="", BUILD_BASE=DEBIAN, BASE=DEBIAN)
 
 
 class Containers:
@@ -163,3 +224,25 @@ def test_the_quickstart_a_stop_and_two_nodes(image: str, tmp_path: Path) -> None
         assert containers.state("stopped")["status"] == "done"
         environment = json.loads((tmp_path / "runs/stopped/env.json").read_text())
         assert environment["world_size"] == "2"
+
+
+def test_the_operations_for_gpus_are_compiled_and_find_their_libraries(tmp_path: Path) -> None:
+    """Without a GPU: each is loaded with all its libraries, but for the driver's, which is the node's."""
+    make_cuda()
+    name = build("gpu", BUILD_BASE=NVCC, BASE=CUDA)
+    program = """
+import importlib, json, torch
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
+ops = [name for name, there in installed_ops.items() if there]
+for op in ops:
+    importlib.import_module(ALL_OPS[op].absolute_name())
+print(json.dumps([torch.version.cuda, torch.cuda.nccl.version(), ops]))
+"""
+    with Containers(tmp_path, name) as containers:
+        containers.start("ops", "python", "-c", program)
+        assert containers.wait("ops", 300) == 0, containers.output("ops")
+        cuda, nccl, ops = json.loads(containers.output("ops").splitlines()[-1])
+    assert (cuda[:3], nccl[0]) == ("13.", 2)
+    asked = re.findall(r'^ARG OPS="(.*)"', DOCKERFILE, re.MULTILINE)[0].lower().split()
+    assert sorted(ops) == sorted({"aio": "async_io"}.get(one, one) for one in asked)
