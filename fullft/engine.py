@@ -190,8 +190,7 @@ def fit_to_nodes(
     """
     zero, problems = dict(config["zero_optimization"]), []
     if zero.get("zero_hpz_partition_size") == "auto":
-        per_node = ranks_per_node or 1
-        zero["zero_hpz_partition_size"] = per_node if per_node < world_size else 1
+        zero["zero_hpz_partition_size"] = ranks_of_hpz(ranks_per_node or 1, world_size)
     size = zero.get("zero_hpz_partition_size", 1)
     if type(size) is not int or size < 1 or world_size % size:
         problems.append(
@@ -209,6 +208,11 @@ def fit_to_nodes(
     return config | {"zero_optimization": zero}
 
 
+def ranks_of_hpz(ranks_per_node: int, world_size: int) -> int:
+    """What hpZ's `auto` comes to; 1, which is without, on one node."""
+    return ranks_per_node if ranks_per_node < world_size else 1
+
+
 def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
     """Raises BadInput if hpZ's groups are not the same on all nodes: (host, ranks of a group) of each rank."""
     sizes, ranks = {size for _, size in told}, Counter(host for host, _ in told)
@@ -221,14 +225,15 @@ def require_same_groups(told: list[tuple[str, int]], recipe: Recipe) -> None:
     )
 
 
-def require_same_choice(told: list[tuple[str, int, str]]) -> None:
-    """Raises BadInput if `auto` has come to different ones: (host, train.micro_batch_size, deepspeed) of each rank."""
+def require_same_choice(told: list[tuple[str, int, str, str]]) -> None:
+    """Raises BadInput if `auto` has come to different ones: (host, train.micro_batch_size, activation_checkpointing,
+    deepspeed) of each rank."""
     if len({choice[1:] for choice in told}) == 1:
         return
-    of = ", ".join(f"{size} and {file} on {host}" for host, size, file in sorted(set(told))[:8])
+    of = ", ".join(f"{', '.join(map(str, choice))} on {host}" for host, *choice in sorted(set(told))[:8])
     raise BadInput(
-        f"train.micro_batch_size and deepspeed: auto comes to {of}, as their nodes differ; give the recipe the "
-        "smallest size, and one file"
+        f"train.micro_batch_size, train.activation_checkpointing and deepspeed: auto comes to {of}, as their nodes "
+        "differ; give the recipe what the one with the least memory comes to"
     )
 
 

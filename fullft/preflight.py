@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft import activations, engine, kernels, model
 from fullft.checkpoint import newest
+from fullft.cluster import available_host_memory
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
@@ -70,13 +71,15 @@ def preflight(
         BadInput: with every problem found.
     """
     gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
-    gpu = gpu or (hardware.here() if gpus else None)
-    config, meta, tokenizer, attention, file = _parts(recipe, world_size, ranks_per_node, gpus, gpu)
+    here = hardware.here() if gpus and gpu is None else None
+    node_gib = available_host_memory() / planner.GIB if here else None
+    gpu = gpu or here
+    config, meta, tokenizer, attention, file = _parts(recipe, world_size, ranks_per_node, gpus, gpu, node_gib)
     problems = Problems()
     attempt = problems.attempt
     facts = model.facts(meta)
     precision = model.precision(recipe, on_gpu)
-    setting, why = _choose(recipe, meta, config, world_size, ranks_per_node, precision == torch.bfloat16, gpus, gpu)
+    setting, why = _choose(recipe, meta, config, world_size, ranks_per_node, precision, gpus, gpu, node_gib)
     recipe = recipe.with_micro_batch(setting.micro_batch_size)
     geometry = engine.geometry(recipe, world_size)
     planned = planner.plan(setting) | why | file
@@ -130,7 +133,7 @@ def preflight(
 
 
 def _parts(
-    recipe: Recipe, world_size: int, ranks_per_node: int | None, gpus: bool, gpu: Gpu | None
+    recipe: Recipe, world_size: int, ranks_per_node: int | None, gpus: bool, gpu: Gpu | None, node_gib: float | None
 ) -> tuple[dict[str, Any], PreTrainedModel, PreTrainedTokenizerBase, model.Attention, dict[str, str]]:
     """DeepSpeed's configuration, model on the meta device, tokenizer, attention; and which `deepspeed` it is, and why.
 
@@ -152,9 +155,8 @@ def _parts(
         meta = attempt(model.on_meta, recipe.model, tokenizer)
     why = ""
     if recipe.deepspeed == "auto" and geometry is not None and meta is not None:
-        here = hardware.host_gib() if torch.cuda.is_available() else None
         recipe, why = choose.file(
-            recipe, meta, gpu, world_size, ranks_per_node, node_gib=here,
+            recipe, meta, gpu, world_size, ranks_per_node, node_gib=node_gib,
             bf16=model.precision(recipe, gpus) == torch.bfloat16, kernels=kernels.choose(recipe, meta.config, gpus)[0],
         )  # fmt: skip
     config = attempt(engine.read_config, recipe)
@@ -182,13 +184,14 @@ def _parts(
 
 def _choose(
     recipe: Recipe, meta: PreTrainedModel, config: dict[str, Any], world_size: int, ranks_per_node: int | None,
-    bf16: bool, gpus: bool, gpu: Gpu | None,
+    precision: torch.dtype, gpus: bool, gpu: Gpu | None, node_gib: float | None,
 ) -> tuple[Setting, dict[str, Any]]:  # fmt: skip
     """What `auto` comes to in train.micro_batch_size, activation_checkpointing and kernels; and that, with reasons, for
     the plan."""
     of_node = min(ranks_per_node or 8, world_size)
     fused, fused_why = kernels.choose(recipe, meta.config, gpus)
-    setting = setting_of(recipe, meta, world_size, of_node, bf16=bf16, config=config, kernels=fused)
+    bf16 = precision == torch.bfloat16
+    setting = setting_of(recipe, meta, world_size, of_node, bf16=bf16, config=config, kernels=fused, node_gib=node_gib)
     auto = recipe.train.micro_batch_size == "auto"
     setting, why = choose.choose(setting, gpu, auto, meta.supports_gradient_checkpointing)
     return setting, {

@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fullft.cluster import exit_now
+from fullft.cluster import available_host_memory, exit_now
 from fullft.errors import EXIT_BAD_INPUT, BadInput, Problems
 from fullft.recipe import Recipe, parse_recipe
 
@@ -81,6 +81,7 @@ def rehearse(
     return {
         "architecture": setting.facts.architecture, "parameters": setting.facts.parameters, "world_size": world_size,
         "sequence_length": setting.sequence_length, "tokens": setting.tokens, "device": device,
+        "deepspeed": setting.recipe.deepspeed,
         "precision": "bf16" if setting.bf16 else "fp32", "activation_checkpointing": setting.checkpointing,
         "kernels": setting.kernels, "steps": steps, "micro_batches": request["micro_batches"], "measured": measured,
         "planned": planned(setting, device),
@@ -118,7 +119,8 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     bf16, here = model.precision(recipe, gpu) == torch.bfloat16, hardware.here() if gpu else None
     fused = kernels.choose(recipe, meta.config, gpu)[0]
     if recipe.deepspeed == "auto":
-        recipe, _ = choose.file(recipe, meta, here, world_size, gpus_per_node, bf16=bf16, kernels=fused)
+        node = available_host_memory() / 2**30 if here else None
+        recipe, _ = choose.file(recipe, meta, here, world_size, gpus_per_node, node_gib=node, bf16=bf16, kernels=fused)
     setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16, kernels=fused)
     if str((setting.zero.get("offload_param") or {}).get("device")) == "nvme":
         problems.append(f"deepspeed: {recipe.deepspeed} has offload_param on nvme, which is not rehearsed")

@@ -249,7 +249,7 @@ def set_up(recipe: Recipe, cluster: Cluster, inputs: Inputs) -> Run:
     """
     told: list[Any] = [None] * cluster.world_size  # of each rank
     groups = inputs.deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1)
-    chosen = inputs.plan["micro_batch_size"], inputs.plan["deepspeed"]
+    chosen = [inputs.plan[name] for name in ("micro_batch_size", "activation_checkpointing", "deepspeed")]
     dist.all_gather_object(told, (socket.gethostname(), groups, *chosen))
     require_same_choice([(host, *chosen) for host, _, *chosen in told])
     require_same_groups([(host, size) for host, size, *_ in told], recipe)

@@ -113,17 +113,19 @@ def test_times_of_update_and_latency(setting: Setting) -> None:
     shard = PARAMETERS / 16
     assert speed.update(replace(setting, zero=on_gpu), ONE_H100) == pytest.approx(shard * 30 / 3.35e12, rel=1e-3)
     offloaded = replace(setting, zero=on_gpu | {"offload_optimizer": {"device": "cpu"}})
-    host, pcie = shard * 30 * 8 / 200e9, shard * 2 / (63e9 * 0.8)
-    assert speed.update(offloaded, ONE_H100) == pytest.approx(host + pcie, rel=1e-3)
+    # The gradient up and, in fp32, down; then the parameter up.
+    host, pcie = shard * 30 * 8 / 200e9, shard / (63e9 * 0.8)
+    assert speed.update(offloaded, ONE_H100) == pytest.approx(host + (4 + 4 + 2) * pcie, rel=1e-3)
     with_weights = replace(setting, zero=offloaded.zero | {"offload_param": {"device": "cpu"}})
-    assert speed.update(with_weights, ONE_H100) == pytest.approx(host, rel=1e-3)
-
-    # Gradients of four micro-batches in fp32: four times down, three times up. Weights: up in forward and in backward.
-    assert speed.to_and_from_host(replace(setting, zero=on_gpu)) == 0
-    assert speed.to_and_from_host(offloaded) == pytest.approx(4 * shard * 7 / 4, rel=1e-3)
-    assert speed.to_and_from_host(with_weights) == pytest.approx(4 * shard * 7 / 4 + 4 * shard, rel=1e-3)
+    assert speed.update(with_weights, ONE_H100) == pytest.approx(host + (4 + 4) * pcie, rel=1e-3)
     of_one = replace(offloaded, accumulation=1)
-    assert speed.to_and_from_host(of_one) == pytest.approx(2 * shard, rel=1e-3)
+    assert speed.update(of_one, ONE_H100) == pytest.approx(host + (2 + 4 + 2) * pcie, rel=1e-3)
+
+    # Gradients of a micro-batch down and up, summed in fp32 if there are several. Weights up in forward and backward.
+    assert speed.to_and_from_host(replace(setting, zero=on_gpu)) == 0
+    assert speed.to_and_from_host(offloaded) == pytest.approx(8 * shard, rel=1e-3)
+    assert speed.to_and_from_host(with_weights) == pytest.approx(8 * shard + 4 * shard, rel=1e-3)
+    assert speed.to_and_from_host(of_one) == pytest.approx(4 * shard, rel=1e-3)
     inputs = replace(setting, zero=on_gpu, checkpointing="offload")
     assert speed.to_and_from_host(inputs) == 2 * 2 * 8192 * 4096 * 32
     slower = (
@@ -180,9 +182,11 @@ def test_the_deepspeed_file_is_the_fastest_that_fits(plain: dict[str, Any]) -> N
     recipe = parse_recipe(plain, ["deepspeed=auto", "data.sequence_length=2048"])
     meta = model.on_meta(recipe.model)
 
+    def gpu_of(gib: float) -> hardware.Gpu:
+        return replace(ONE_H100, memory_gib=gib)
+
     def chosen(gpus: int, gib: float = 79.6, recipe: Any = recipe, **more: Any) -> tuple[str, str]:
-        gpu = replace(ONE_H100, memory_gib=gib)
-        found, why = choose.file(recipe, meta, gpu, gpus, 8, **more)
+        found, why = choose.file(recipe, meta, gpu_of(gib), gpus, 8, **more)
         assert why.startswith(f"{found.deepspeed} (auto: ")
         return found.deepspeed, why
 
@@ -200,6 +204,13 @@ def test_the_deepspeed_file_is_the_fastest_that_fits(plain: dict[str, Any]) -> N
     little, why = chosen(8, 20, node_gib=64)
     assert little == plainly
     assert "nothing fits" in why
+    offloading = setting_of(recipe.with_deepspeed(offloaded), meta, 8, 8, node_gib=64)
+    advice = choose.changes(replace(offloading, zero=setting_of(recipe, meta, 8, 8).zero), gpu_of(20))
+    assert not any("offload.json" in one["change"] for one in advice)
+    # GPUs of a node are not known, or do not fill the nodes: not with hpZ.
+    unknown, why = choose.file(recipe, meta, ONE_H100, 16, None, {"network_gbps": 10})
+    assert (unknown.deepspeed, "not known" in why) == (plainly, True)
+    assert choose.file(parse_recipe(plain, ["deepspeed=auto", "train.global_batch_size=96"]), meta, ONE_H100, 12, 8)
     assert "there are no GPUs" in choose.file(recipe, meta, None, 16, 8)[1]
     assert read_config(recipe) == read_config(recipe.with_deepspeed(plainly))
 
@@ -214,6 +225,19 @@ def test_what_would_fit_fits_and_is_told_by_keys_of_the_recipe(setting: Setting)
     for one in found:
         assert one["peak"] <= gpu.memory_gib * GIB
         assert all(re.fullmatch(r"\d+ GPUs|(train|deepspeed)[\w.]*=\S+", key) for key in one["change"].split(" and "))
+
+
+def test_advice_of_more_gpus_is_what_the_plan_of_them_says(plain: dict[str, Any]) -> None:
+    """hpZ's second copy is of a node's ranks, which one node has not."""
+    recipe = parse_recipe(plain, ["deepspeed=ds_configs/zero3_hpz.json", "data.sequence_length=4096"])
+    meta, small = model.on_meta(recipe.model), hardware.gpu("a100-40gb")
+    setting = setting_of(recipe, meta, 2, 2)
+    assert not choose.fits(setting, small)
+    grown = choose.on_gpus(setting, 4)
+    planned = setting_of(recipe, meta, 4, 2, accumulation=grown.accumulation)
+    assert memory.gpu_memory(grown).peak == memory.gpu_memory(planned).peak
+    with_tiles = replace(setting, mlp_tiles=4, checkpointing="none")
+    assert not any("selective" in name for names, _ in choose._changed(with_tiles) for name in names)
 
 
 def test_a_run_that_does_not_fit_is_not_started(plain: dict[str, Any]) -> None:
@@ -237,11 +261,13 @@ def test_a_run_that_does_not_fit_is_not_started(plain: dict[str, Any]) -> None:
 
 def test_ranks_that_come_to_different_choices_are_named() -> None:
     plain, _, offloaded = FILES
-    require_same_choice([("a", 2, plain), ("a", 2, plain), ("b", 2, plain)])
-    with pytest.raises(BadInput, match=r"2 and .*zero3\.json on a, 1 and .*zero3\.json on b"):
-        require_same_choice([("a", 2, plain), ("b", 1, plain)])
-    with pytest.raises(BadInput, match=r"zero3\.json on a, 2 and .*zero3_offload\.json on b"):
-        require_same_choice([("a", 2, plain), ("b", 2, offloaded)])
+    require_same_choice([("a", 2, "none", plain), ("a", 2, "none", plain), ("b", 2, "none", plain)])
+    with pytest.raises(BadInput, match=r"2, none, .*zero3\.json on a, 1, none, .*zero3\.json on b"):
+        require_same_choice([("a", 2, "none", plain), ("b", 1, "none", plain)])
+    with pytest.raises(BadInput, match=r"zero3\.json on a, 2, none, .*zero3_offload\.json on b"):
+        require_same_choice([("a", 2, "none", plain), ("b", 2, "none", offloaded)])
+    with pytest.raises(BadInput, match=r"2, none, .* on a, 2, full, .* on b"):
+        require_same_choice([("a", 2, "none", plain), ("b", 2, "full", plain)])
 
 
 def test_names_of_gpus_and_files_of_more(tmp_path: Path) -> None:
@@ -253,10 +279,12 @@ def test_names_of_gpus_and_files_of_more(tmp_path: Path) -> None:
     entry = yaml.safe_load(hardware.TABLE.read_text())["h200"]
     file.write_text(yaml.safe_dump({"Mine": entry | {"memory_gib": 100}}))
     assert hardware.gpu("mine", str(file)).memory_gib == 100
-    file.write_text(yaml.safe_dump({"mine": entry | {"tflops": -1}, "other": {"tflops": 3}}))
+    file.write_text(
+        yaml.safe_dump({"mine": entry | {"tflops": -1}, "large": entry | {"memory_gib": float("inf")}, "x": {}})
+    )
     with pytest.raises(BadInput) as caught:
         hardware.gpu("mine", str(file))
-    assert len(caught.value.problems) == 2
+    assert len(caught.value.problems) == 3
 
 
 def test_the_verb(
@@ -283,12 +311,22 @@ def test_the_verb(
         ("--gpu", "h1000"): "no such GPU", ("--nodes", "0"): "--nodes: 0", ("--efficiency", "2"): "--efficiency",
         ("--plot", "x.gif"): "must end in", ("--params", "8b"): "give one of", ("--layers", "3"): "belong to --params",
         ("--gpus-per-node", "7"): "global_batch_size", ("train.micro_batch=2",): "unknown key",
+        ("--tokens", "nan"): "--tokens", ("--price-per-gpu-hour", "inf"): "--price-per-gpu-hour",
     }.items():  # fmt: skip
         assert run("plan", recipe, *words) == 2
         assert told in capsys.readouterr().err
     assert run("plan", "--model", str(tmp_path / "nowhere")) == 2
     assert run("plan", "--params", "30b") == 2
     assert run("plan", "--params", "lots", "--layers", "3") == 2
+    capsys.readouterr()
+    assert run("plan", "--params", "7b", "--gpus-per-node", "0") == 2
+    assert "--gpus-per-node: 0 must be above 0" in capsys.readouterr().err
+    (tmp_path / "mamba").mkdir()
+    (tmp_path / "mamba" / "config.json").write_text(
+        '{"model_type": "mamba", "hidden_size": 64, "num_hidden_layers": 2}'
+    )
+    assert run("plan", "--model", str(tmp_path / "mamba")) == 2
+    assert "a layer of mamba has no attention heads" in capsys.readouterr().err
 
 
 def test_nothing_but_the_plan_is_on_stdout_of_a_machine_without_gpu() -> None:
@@ -316,3 +354,22 @@ def test_sizes_alone_are_enough(capsys: pytest.CaptureFixture[str], monkeypatch:
     assert smallest["gpus"] <= 16 < cheapest["gpus"]  # offloaded, and not
     assert smallest["offload_optimizer"] > cheapest["offload_optimizer"]
     assert cheapest["gpu_hours"] < smallest["gpu_hours"]
+
+
+def test_a_search_finds_what_the_plan_of_it_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--params 8b --gpu h100-80gb --tokens 1e9 --json train.precision=fp32 retention.max_overhead=0.2"
+
+    def planned(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["fullft", "plan", *words.split(), *more])
+        cli.main()
+        return dict(json.loads(capsys.readouterr().out))
+
+    batch = "train.global_batch_size=64"
+    for one in planned("--search", batch)["search"]:
+        keys = [f"train.{key}={one[key]}" for key in ("micro_batch_size", "activation_checkpointing")]
+        cluster = ["--nodes", str(-(-one["gpus"] // 8)), "--gpus-per-node", str(min(8, one["gpus"]))]
+        found = planned(*cluster, batch, *keys, f"deepspeed={one['deepspeed']}")
+        assert found["fits"]
+        assert (found["peak"], found["run"]["gpu_hours"]) == (one["peak"], pytest.approx(one["gpu_hours"]))

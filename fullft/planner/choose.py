@@ -3,9 +3,10 @@ fastest setting that fits, by the memory of `memory` and the time of `speed`."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,14 +30,15 @@ def fits(setting: Setting, gpu: Gpu) -> bool:
     return memory.gpu_memory(setting).peak <= gpu.memory_gib * GIB
 
 
-def host_fits(setting: Setting, node_gib: float | None = None) -> bool:
-    """Whether what is offloaded, if anything, has room in a node's memory; None: in a usual one, which is a guess."""
+def host_fits(setting: Setting) -> bool:
+    """Whether what is offloaded, if anything, has room in a node's memory, or in a usual one's if that is unknown."""
     offloaded = memory.offloads(setting, "optimizer") or memory.offloads(setting, "param")
-    return not offloaded or sum(memory.host_memory(setting).values()) <= _node_gib(setting, node_gib) * GIB
+    offloaded |= setting.checkpointing == "offload"
+    return not offloaded or sum(memory.host_memory(setting).values()) <= _node_gib(setting) * GIB
 
 
-def _node_gib(setting: Setting, node_gib: float | None) -> float:
-    return node_gib or min(setting.gpus_per_node, setting.world_size) * HOST_GIB
+def _node_gib(setting: Setting) -> float:
+    return setting.node_gib or min(setting.gpus_per_node, setting.world_size) * HOST_GIB
 
 
 def seconds_of_token(setting: Setting, gpu: Gpu, **options: Any) -> float:
@@ -80,6 +82,7 @@ def choose(
         said = "there are no GPUs, by whose memory it is chosen"
         return tried[0], _reasons(auto_mode, auto_micro_batch, tried[0], said)
     if fitting := [one for one in tried if fits(one, gpu)]:
+        fitting = [one for one in fitting if host_fits(one)] or fitting  # the host's memory is told, not judged
         best = min(fitting, key=lambda one: (seconds_of_token(one, gpu, **options), one.micro_batch_size))
         said = f"the fastest that fits: {_needs(tried, gpu)}"
     else:
@@ -92,15 +95,14 @@ def choose(
 
 def file(
     recipe: Recipe, meta: Any, gpu: Gpu | None, world_size: int, gpus_per_node: int | None,
-    options: dict[str, Any] | None = None, node_gib: float | None = None, **fields: Any,
+    options: dict[str, Any] | None = None, **fields: Any,
 ) -> tuple[Recipe, str]:  # fmt: skip
     """The recipe with what `deepspeed: auto` comes to, and why: the fastest that fits; the plain one if that is within
     5 %, nothing fits, or there are no GPUs.
 
     Args:
-        gpus_per_node: None where it is not known, which is for hpZ as one node.
+        gpus_per_node: None where it is not known: 8, without hpZ.
         options: of `speed.predict`.
-        node_gib: a node's memory; None: a usual one.
         fields: of `setting_of`.
 
     Raises:
@@ -109,41 +111,53 @@ def file(
     plain, hpz, _ = engine.FILES
     if gpu is None:
         return recipe.with_deepspeed(plain), f"{plain} (auto: there are no GPUs, by whose memory it is chosen)"
-    per_node = min(gpus_per_node or world_size, world_size)
-    files = [one for one in engine.FILES if one != hpz or not recipe.model.grows]  # transformers loads it with hpZ
-    tried = [_best(recipe, meta, gpu, world_size, per_node, one, options or {}, fields, node_gib) for one in files]
-    if not any(fit for _, fit, _ in tried):
-        return recipe.with_deepspeed(plain), f"{plain} (auto: nothing fits)"
-    best = min(tried, key=lambda one: (not one[1], one[2] * (1 if one[0].recipe.deepspeed == plain else _WORTH)))
+    engine.geometry(recipe, world_size)
+    files = [one for one in engine.FILES if one != hpz or gpus_per_node]
+    tried = _tried(recipe, meta, gpu, world_size, min(gpus_per_node or 8, world_size), files, options or {}, fields)
+    unknown = "" if gpus_per_node else "; without hpZ, as the GPUs of a node are not known here"
+    if (best := _best(tried, plain)) is None:
+        return recipe.with_deepspeed(plain), f"{plain} (auto: nothing fits{unknown})"
     chosen, _, seconds = best
-    others = [_beside(one, seconds, gpu, node_gib) for one in tried if one is not best and not _without_use(one[0])]
+    others = ", ".join(_beside(one, seconds, gpu) for one in tried if one is not best)
     said = "the fastest that fits" if chosen.recipe.deepspeed != plain else "the fastest that fits, or within 5 % of it"
-    return chosen.recipe, f"{chosen.recipe.deepspeed} (auto: {said}; {', '.join(others)})"
+    return chosen.recipe, f"{chosen.recipe.deepspeed} (auto: {said}; {others}{unknown})"
 
 
-def _without_use(setting: Setting) -> bool:
-    """hpZ on one node is the plain file."""
-    return setting.zero.get("zero_hpz_partition_size") == 1
+_Tried = tuple[Setting, bool, float]  # with a DeepSpeed file, whether it fits, GPU-seconds of a token
 
 
-def _best(
-    recipe: Recipe, meta: Any, gpu: Gpu, world_size: int, per_node: int, file: str, options: dict[str, Any],
-    fields: dict[str, Any], node_gib: float | None = None,
-) -> tuple[Setting, bool, float]:  # fmt: skip
-    """The best setting with a DeepSpeed file, whether it fits, and its GPU-seconds of a token."""
-    setting = setting_of(recipe.with_deepspeed(file), meta, world_size, per_node, **fields)
-    auto = recipe.train.micro_batch_size == "auto"
-    best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
-    return best, fits(best, gpu) and host_fits(best, node_gib), seconds_of_token(best, gpu, **options)
+def _tried(
+    recipe: Recipe, meta: Any, gpu: Gpu, world_size: int, per_node: int, files: Iterable[str],
+    options: dict[str, Any], fields: dict[str, Any],
+) -> list[_Tried]:  # fmt: skip
+    """The best setting with each DeepSpeed file, but those that cannot be, or are of no use, here."""
+    found = []
+    for one in files:
+        with contextlib.suppress(BadInput):
+            setting = setting_of(recipe.with_deepspeed(one), meta, world_size, per_node, **fields)
+            of_no_use = setting.zero.get("zero_hpz_partition_size") == 1  # on one node; that is the plain file
+            grows = recipe.model.grows and setting.zero.get("zero_hpz_partition_size", 1) > 1  # transformers loads it
+            if (of_no_use or grows) and one != recipe.deepspeed:
+                continue
+            auto = recipe.train.micro_batch_size == "auto"
+            best, _ = choose(setting, gpu, auto, meta.supports_gradient_checkpointing, **options)
+            found.append((best, fits(best, gpu) and host_fits(best), seconds_of_token(best, gpu, **options)))
+    return found
 
 
-def _beside(tried: tuple[Setting, bool, float], seconds: float, gpu: Gpu, node_gib: float | None) -> str:
+def _best(tried: list[_Tried], plain: str) -> _Tried | None:
+    """The fastest that fits; another file than `plain` only if it is 5 % faster."""
+    fitting = [one for one in tried if one[1]]
+    return min(fitting, key=lambda one: one[2] * (1 if one[0].recipe.deepspeed == plain else _WORTH), default=None)
+
+
+def _beside(tried: _Tried, seconds: float, gpu: Gpu) -> str:
     """What another file than the chosen one comes to."""
     setting, fit, others = tried
     if fit:
         return f"{setting.recipe.deepspeed} takes {others / seconds:.2f} × the time"
     if fits(setting, gpu):
-        needed, has = sum(memory.host_memory(setting).values()) / GIB, _node_gib(setting, node_gib)
+        needed, has = sum(memory.host_memory(setting).values()) / GIB, _node_gib(setting)
         return f"{setting.recipe.deepspeed} takes {needed:,.0f} of {has:,.0f} GiB of a node's memory"
     needed = memory.gpu_memory(setting).peak / GIB
     return f"{setting.recipe.deepspeed} takes {needed:.1f} of {gpu.memory_gib:.1f} GiB"
@@ -197,7 +211,7 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
     ]
     if setting.micro_batch_size > 1:
         axes[1].append(("train.micro_batch_size=1", {"micro_batch_size": 1, "accumulation": sequences}))
-    if setting.mlp_tiles == 1:
+    if setting.mlp_tiles == 1 and not setting.layer.active_experts:
         axes[2].append(("train.mlp_tiles=8", {"mlp_tiles": 8}))
     if not memory.offloads(setting, "optimizer"):
         offloaded = setting.zero | {"offload_optimizer": {"device": "cpu"}, "zero_hpz_partition_size": 1}
@@ -213,6 +227,7 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
         (f"train.sequence_parallel={ranks}", {"sequence_parallel": ranks, "_of": 1 / ranks})
         for ranks in (2, 4, 8)
         if setting.sequence_parallel == 1 and setting.world_size % ranks == 0 and setting.layer.heads % ranks == 0
+        and (setting.layer.key_heads % ranks == 0 or ranks % setting.layer.key_heads == 0)
         and setting.sequence_length % ranks == 0 and train.kl_reference != "model"
     ]  # fmt: skip
     for chosen in sorted(itertools.product(*axes), key=lambda one: sum(bool(name) for name, _ in one)):
@@ -228,23 +243,29 @@ def _changed(setting: Setting) -> Iterator[tuple[frozenset[str], Setting]]:
         if "zero" in fields:
             fields["zero"] = one.zero | {key: fields["zero"][key] for key in _OF_FILE if key in fields["zero"]}
         if names := frozenset(name for name, _ in chosen if name):
-            if fields.get("checkpointing", setting.checkpointing) == "selective" and "mlp_tiles" in fields:
-                continue
+            tiles = fields.get("mlp_tiles", setting.mlp_tiles)
+            if fields.get("checkpointing", setting.checkpointing) == "selective" and tiles > 1:
+                continue  # it would keep what tiles spare
             yield names, replace(one, **fields)
 
 
-def search(recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, **options: Any) -> list[dict[str, Any]]:
-    """For each GPU the smallest cluster that the recipe fits, with its own DeepSpeed file, with hpZ or offloaded; and
+def search(
+    recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, options: dict[str, Any], **fields: Any
+) -> list[dict[str, Any]]:
+    """For each GPU the smallest cluster that the recipe fits, with its own DeepSpeed file or one of `engine.FILES`; and
     of the sizes up to four times that which needs no offloading the one with the fewest GPU-seconds a token. Smallest
     first."""
-    found = []
+    own = engine.FILES[0] if recipe.deepspeed == "auto" else recipe.deepspeed
+    recipe, found = recipe.with_deepspeed(own), []
+    files = dict.fromkeys((own, *engine.FILES))
     for gpu in gpus:
         of_gpu, without = list[dict[str, Any]](), 0
         for size in _SIZES:
             if without and size > 4 * without:
                 break
-            if one := _on(recipe, meta, gpu, size, gpus_per_node, options):
-                of_gpu.append(one)
+            tried = _tried(recipe, meta, gpu, size, min(size, gpus_per_node), files, options, fields)
+            if (best := _best(tried, own)) is not None:
+                of_gpu.append(one := _told(best, gpu))
                 without = without or (0 if one["offload_optimizer"] else size)
         if of_gpu:
             cheapest = min(of_gpu, key=lambda one: one["seconds_of_token"])
@@ -253,25 +274,12 @@ def search(recipe: Recipe, meta: Any, gpus: list[Gpu], gpus_per_node: int, **opt
     return sorted(found, key=lambda one: (one["is"] != "smallest", one["gpus"], one["seconds_of_token"]))
 
 
-def _on(
-    recipe: Recipe, meta: Any, gpu: Gpu, size: int, gpus_per_node: int, options: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The best setting on so many GPUs; None if the batch cannot be shared by them, or none fits."""
-    own = engine.FILES[0] if recipe.deepspeed == "auto" else recipe.deepspeed
-    try:
-        tried = [
-            _best(recipe, meta, gpu, size, min(size, gpus_per_node), file, options, {})
-            for file in dict.fromkeys((own, *engine.FILES[1:]))
-        ]
-    except BadInput:
-        return None
-    fitting = [(seconds * (1 if one.recipe.deepspeed == own else _WORTH), one) for one, fit, seconds in tried if fit]
-    if not fitting:
-        return None
-    best = min(fitting, key=lambda one: one[0])[1]
+def _told(found: _Tried, gpu: Gpu) -> dict[str, Any]:
+    best, _, seconds = found
     return {
-        "gpu": gpu.name, "gpus": size, "micro_batch_size": best.micro_batch_size, "accumulation": best.accumulation,
-        "activation_checkpointing": best.checkpointing, "deepspeed": best.recipe.deepspeed,
-        "offload_optimizer": memory.offloads(best, "optimizer"), "peak": memory.gpu_memory(best).peak,
-        "seconds_of_token": seconds_of_token(best, gpu, **options), "host": sum(memory.host_memory(best).values()),
+        "gpu": gpu.name, "gpus": best.world_size, "micro_batch_size": best.micro_batch_size,
+        "accumulation": best.accumulation, "activation_checkpointing": best.checkpointing,
+        "deepspeed": best.recipe.deepspeed, "offload_optimizer": memory.offloads(best, "optimizer"),
+        "peak": memory.gpu_memory(best).peak, "seconds_of_token": seconds,
+        "host": sum(memory.host_memory(best).values()),
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import os
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,6 @@ def here() -> Gpu | None:
     return replace(gpus()["h100-80gb"], name=device, memory_gib=memory)
 
 
-def host_gib() -> float:
-    """Memory of this machine, GiB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def _of_device(device: str) -> Gpu | None:
     parts = [one for one in gpus().values() if one.device in device]
     return max(parts, key=lambda one: len(one.device), default=None)
@@ -99,6 +94,6 @@ def _wrong(entry: Any) -> str:
     bad = [
         one for one in names[1:]
         if not (one == "matmul_tflops" and entry[one] is None)
-        and (isinstance(entry[one], bool) or not isinstance(entry[one], int | float) or not entry[one] > 0)
+        and (isinstance(entry[one], bool) or not isinstance(entry[one], int | float) or not 0 < entry[one] < math.inf)
     ]  # fmt: skip
     return f"{', '.join(bad)} must be positive numbers" if bad else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fullft.errors import BadInput
 from fullft.head import _BYTES_OF_LOGIT, _BYTES_WITH_DIVERGENCE, WORKSPACE_BYTES
 
 if TYPE_CHECKING:
@@ -42,6 +43,10 @@ class Layer:
     active_experts: int = 0
     assumed: str = ""  # what is not known of the architecture
 
+    @property
+    def key_heads(self) -> int:
+        return self.keys * self.heads // self.queries
+
 
 _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3_text", "gemma3"}
 
@@ -49,6 +54,8 @@ _KNOWN = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2"
 def layer_of(config: Any) -> Layer:
     """From a transformers config; what it does not name is guessed as in Llama, an MLP of 4 · hidden."""
     text = config.get_text_config()
+    if not all(getattr(text, name, None) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")):
+        raise BadInput(f"model: a layer of {text.model_type} has no attention heads, so what it keeps is not known")
     hidden, heads = int(text.hidden_size), int(text.num_attention_heads)
     head = int(getattr(text, "head_dim", None) or hidden // heads)
     keys = int(getattr(text, "num_key_value_heads", None) or heads)

@@ -32,6 +32,7 @@ class Setting:
     attention: str
     kernels: str
     zero: dict[str, Any]  # zero_optimization of the DeepSpeed configuration, with every `auto` filled
+    node_gib: float | None = None  # memory of a node; None: not known
 
     @property
     def tokens(self) -> int:
@@ -40,8 +41,13 @@ class Setting:
 
 
 def on_gpus(setting: Setting, world_size: int) -> Setting:
-    """The same on another number of GPUs; what DeepSpeed's sizes have been by `auto` follows it. The batch does not."""
-    before, now = (engine.sizes_for(setting.facts, size) for size in (setting.world_size, world_size))
+    """The same on another number of GPUs; what DeepSpeed's sizes and hpZ's ranks have been by `auto` follows it. The
+    batch does not."""
+    before, now = (
+        engine.sizes_for(setting.facts, size)
+        | {"zero_hpz_partition_size": engine.ranks_of_hpz(setting.gpus_per_node, size)}
+        for size in (setting.world_size, world_size)
+    )
     sizes = {key: now[key] for key, value in before.items() if setting.zero.get(key) == value}
     return replace(setting, world_size=world_size, zero=setting.zero | sizes)
 

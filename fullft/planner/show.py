@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import tempfile
 from argparse import Namespace
@@ -34,6 +35,7 @@ def recipe_of(asked: Namespace, overrides: list[str]) -> Iterator[tuple[Recipe, 
     Raises:
         BadInput: not exactly one of recipe, --model and --params; or what it is of is wrong.
     """
+    _require_numbers(asked)
     if sum(one is not None for one in (asked.recipe, asked.model, asked.params)) != 1:
         raise BadInput("give one of RECIPE.yaml, --model FOLDER or hub name, and --params, e.g. 70b")
     if asked.params is None and (asked.layers or asked.hidden):
@@ -48,6 +50,21 @@ def recipe_of(asked: Namespace, overrides: list[str]) -> Iterator[tuple[Recipe, 
         recipe = parse_recipe(raw, overrides)
         said += f"{recipe.train.global_batch_size} sequences of {recipe.data.sequence_length} tokens a step"
         yield recipe, said
+
+
+def _require_numbers(asked: Namespace) -> None:
+    numbers = {
+        "--nodes": asked.nodes, "--gpus-per-node": asked.gpus_per_node, "--tokens": asked.tokens,
+        "--price-per-gpu-hour": asked.price_per_gpu_hour, "--network-gbps": asked.network_gbps,
+        "--efficiency": asked.efficiency,
+    }  # fmt: skip
+    wrong = [
+        f"{name}: {value} must be above 0{' and at most 1' if name == '--efficiency' else ', and a number'}"
+        for name, value in numbers.items()
+        if value is not None and not 0 < value < (math.inf if name != "--efficiency" else 1 + 1e-9)
+    ]
+    if wrong:
+        raise BadInput(wrong)
 
 
 def write_llama(folder: Path, params: str, layers: int | None, hidden: int | None) -> str:
@@ -96,16 +113,7 @@ def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
     from fullft import kernels, model
     from fullft.tokenizer import load_tokenizer
 
-    numbers = {
-        "--nodes": asked.nodes, "--gpus-per-node": asked.gpus_per_node, "--tokens": asked.tokens,
-        "--price-per-gpu-hour": asked.price_per_gpu_hour, "--network-gbps": asked.network_gbps,
-    }  # fmt: skip
-    wrong = [f"{name}: {value} must be above 0" for name, value in numbers.items() if value is not None and value <= 0]
     efficiency = speed.EFFICIENCY if asked.efficiency is None else asked.efficiency
-    if not 0 < efficiency <= 1:
-        wrong.append(f"--efficiency: {efficiency} must be above 0 and at most 1")
-    if wrong:
-        raise BadInput(wrong)
     gpu, world_size = hardware.gpu(asked.gpu, asked.hardware), asked.nodes * asked.gpus_per_node
     meta = model.on_meta(recipe.model, load_tokenizer(recipe.model) if recipe.model.grows else None)
     bf16 = recipe.train.precision != "fp32"
@@ -135,9 +143,10 @@ def plan(recipe: Recipe, asked: Namespace) -> dict[str, Any]:
     }  # fmt: skip
     if asked.search:
         known = [gpu] if asked.gpu_given else [hardware.gpu(name, asked.hardware) for name in _SEARCHED]
-        found["search"] = choose.search(recipe, meta, known, asked.gpus_per_node, **options)
+        found["search"] = choose.search(recipe, meta, known, asked.gpus_per_node, options, **fields)
         for one in found["search"]:
-            of_one = tokens and tokens * one["seconds_of_token"] / 3600 if setting.flops else None
+            of_one = tokens and with_evaluation(recipe) * tokens * one["seconds_of_token"] / 3600
+            of_one = of_one if setting.flops else None
             one["gpu_hours"], one["hours"] = of_one, of_one and of_one / one["gpus"]
     return found
 
@@ -165,13 +174,17 @@ def of_data(recipe: Recipe, setting: Setting) -> tuple[int | None, int | None]:
         return recipe.train.steps, None
 
 
+def with_evaluation(recipe: Recipe) -> float:
+    """Of a run's time, in times of its training."""
+    return 1 + (recipe.retention.max_overhead or 0)
+
+
 def run_of(setting: Setting, timed: dict[str, Any] | None, tokens: float | None, price: float | None) -> Any:
     """Hours, GPU-hours and cost of the whole run; None if its tokens or its speed are not known. retention.max_overhead
     is added to it; other evaluations, checkpoints, start and restarts are not."""
     if timed is None or tokens is None:
         return None
-    more = 1 + (setting.recipe.retention.max_overhead or 0)
-    gpu_hours = more * tokens / timed["tokens_per_second_per_gpu"] / 3600
+    gpu_hours = with_evaluation(setting.recipe) * tokens / timed["tokens_per_second_per_gpu"] / 3600
     cost = None if price is None else price * gpu_hours
     return {"tokens": tokens, "hours": gpu_hours / setting.world_size, "gpu_hours": gpu_hours, "cost": cost}
 

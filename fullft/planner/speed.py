@@ -142,19 +142,24 @@ def traffic(setting: Setting) -> dict[str, Traffic]:
 
 
 def to_and_from_host(setting: Setting) -> float:
-    """Bytes over PCIe of a GPU for a micro-batch, of A in a step, s elements a shard:
+    """Bytes over PCIe of a GPU for a micro-batch, s elements a shard:
 
     offload_param           weights come up for each gather, 2 · 2 s
-    offload_optimizer       gradients, 4 s (one micro-batch: 2 s): down in the first; in each later one what is there
-                            comes up, and the sum goes down (stage3.partition_grads, DeepSpeed 0.19.8): (2 A - 1) / A
+    offload_optimizer       gradients, 4 s (one micro-batch a step: 2 s), down and up: the first ones are written and
+                            read again, to later ones the sum comes up and goes down (stage3.partition_grads,
+                            DeepSpeed 0.19.8)
     checkpointing: offload  the input of each layer, 2 h a token, down and up
     """
-    part, size, many = memory.shard(setting), memory.low(setting), setting.accumulation
+    part, size = memory.shard(setting), memory.low(setting)
     weights = 2 * size * part if memory.offloads(setting, "param") else 0
-    gradient = 4 if many > 1 else size
-    gradients = gradient * part * (2 * many - 1) / many if memory.offloads(setting, "optimizer") else 0
+    gradients = 2 * _gradient(setting) * part if memory.offloads(setting, "optimizer") else 0
     inputs = 2 * size * setting.tokens * setting.layer.hidden * setting.facts.layers
     return weights + gradients + (inputs if setting.checkpointing == "offload" else 0)
+
+
+def _gradient(setting: Setting) -> int:
+    """Bytes an element of what micro-batches are summed in."""
+    return 4 if setting.accumulation > 1 else memory.low(setting)
 
 
 def latency(setting: Setting) -> float:
@@ -165,14 +170,15 @@ def latency(setting: Setting) -> float:
 
 def update(setting: Setting, gpu: Gpu) -> float:
     """Seconds of AdamW on a shard: it reads a gradient, master and two moments in fp32 and writes the three and the
-    parameter, 28 + low bytes an element, from the GPU's memory, or if offloaded from the node's, which its GPUs share;
-    then the parameter goes up over PCIe, unless it is offloaded too."""
+    parameter, 28 + low bytes an element, from the GPU's memory, or if offloaded from the node's, which its GPUs share.
+    Before that the gradient goes up and, in fp32, down (stage3._finalize_offload_gradient_accumulation, DeepSpeed
+    0.19.8), and after it the parameter up, unless it is offloaded too, over PCIe."""
     elements, size = memory.shard(setting), memory.low(setting)
     if not memory.offloads(setting, "optimizer"):
         return elements * (28 + size) / (gpu.memory_tbps * 1e12)
     sharing = min(setting.gpus_per_node, setting.world_size)
-    up = 0.0 if memory.offloads(setting, "param") else size / (gpu.pcie_gbps * 1e9 * BANDWIDTH)
-    return elements * ((28 + size) * sharing / HOST_BANDWIDTH + up)
+    over_pcie = _gradient(setting) + 4 + (0 if memory.offloads(setting, "param") else size)
+    return elements * ((28 + size) * sharing / HOST_BANDWIDTH + over_pcie / (gpu.pcie_gbps * 1e9 * BANDWIDTH))
 
 
 def cost(tokens: float, speed: Speed, world_size: int, price: float | None = None) -> dict[str, float | None]:
