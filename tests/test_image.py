@@ -63,7 +63,11 @@ def make_cuda() -> None:
     (cuda / "lib64").symlink_to("lib")
     for library in (cuda / "lib").glob("*.so.*"):
         (cuda / "lib" / f"{library.name.partition('.so.')[0]}.so").symlink_to(library.name)
-    commit(ubuntu, NVCC, "--env", "PATH=/usr/local/cuda/bin:/usr/sbin:/usr/bin:/sbin:/bin", cuda=cuda)
+    stub = cuda / "lib/stubs/libcuda.so"  # to link against; that of a driver is there when it runs
+    stub.parent.mkdir()
+    tool("cc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub), "-xc", "/dev/null")
+    path, stubs = "PATH=/usr/local/cuda/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LIBRARY_PATH=/usr/local/cuda/lib64/stubs"
+    commit(ubuntu, NVCC, "--env", path, "--env", stubs, cuda=cuda)
 
 
 _CUDA_COMPILER = ("cuda-nvcc", "cuda-crt", "cuda-cccl", "nvvm")
