@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 import ssh_hosts
 import warm
 from conftest import CPU_RANKS, Launch, chats, losses, read, write_jsonl, write_recipe
+from ranks import Ranks
 
 pytestmark = pytest.mark.ranks
 
@@ -271,7 +271,7 @@ def test_a_launch_refuses_if_the_recipe_says_so(recipe: dict[str, Any], launch: 
 
 
 def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_no_run(
-    recipe: dict[str, Any], launch: Launch, fullft: Fullft
+    recipe: dict[str, Any], fullft: Fullft
 ) -> None:
     """Another process holds the set's lock: all ranks wait, and no collective is open meanwhile."""
     recipe["train"]["timeout_minutes"] = 0.35  # 21 s
@@ -280,15 +280,13 @@ def test_a_preparation_that_takes_longer_than_the_time_out_of_collectives_ends_n
     aside = prepared.rename(fullft.cache / "aside")
     lock = filelock.FileLock(prepared.with_suffix(".lock"), thread_local=False)
     lock.acquire()
-
-    def give_back() -> None:
+    with Ranks(recipe) as ranks:
+        said = "waiting: data set train is prepared by another process"
+        ranks.wait_until(lambda: said in ranks.output, "the lock")
+        time.sleep(24)
         aside.rename(prepared)
         lock.release()
-
-    timer = threading.Timer(26, give_back)
-    timer.start()
-    done = launch(recipe)
-    assert "waiting: data set train is prepared by another process" in done.stdout
+        assert ranks.codes() == [0, 0], ranks.output
     assert len(losses(recipe)) == 4
 
 

@@ -207,7 +207,7 @@ def test_offloading_the_optimizer_changes_nothing(recipe: dict[str, Any], launch
     recipe |= {"deepspeed": "auto"}  # on CPUs the plain file
     offloaded = recipe | {"run_dir": recipe["run_dir"] + "-offloaded", "deepspeed": "ds_configs/zero3_offload.json"}
     launch(recipe)
-    launch(offloaded)
+    launch(offloaded, timeout=900)
     assert losses(offloaded) == pytest.approx(losses(recipe), abs=1e-4)
     run = Path(offloaded["run_dir"])
     (run / "state.json").unlink()
