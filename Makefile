@@ -5,6 +5,8 @@ VENV   := .venv
 # On a machine without GPU, `make TORCH="torch --index-url https://download.pytorch.org/whl/cpu"` saves 3 GB of CUDA.
 TORCH  ?= 'torch>=2.11,<2.14'
 READY  := $(VENV)/.ready
+# Of the tests, which start ranks of their own: one more than cores, as many wait for something; at most 4.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 4)))
 
 .PHONY: quickstart test lint format clean
 
@@ -12,7 +14,7 @@ quickstart: $(READY) $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)
 	$(VENV)/bin/python launch/quickstart.py --model '$(MODEL)'
 
 test: $(READY)
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 30
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -232,7 +232,7 @@ def tensors_of(shards: list[tuple[str, Any, dict[str, torch.Tensor]]]) -> Tensor
 
 def _named(folder: Path) -> list[Path]:
     """Everything called a checkpoint, oldest first, whole or not."""
-    return sorted(path for path in folder.glob("step-*") if not path.suffix)
+    return sorted(path for path in folder.glob("step-*") if not path.suffix and path.is_dir())
 
 
 def all_complete(folder: Path) -> list[Path]:

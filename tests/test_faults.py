@@ -32,7 +32,7 @@ from fullft.report.summary import score
 
 pytestmark = pytest.mark.ranks
 
-KILLS = int(os.environ.get("FULLFT_TEST_KILLS", "30"))
+KILLS = int(os.environ.get("FULLFT_TEST_KILLS", "8"))
 
 
 class Job:
