@@ -31,9 +31,12 @@ def doctor(ssh: ssh_hosts.SshHosts, folder: Path, names: str, *arguments: str) -
     """Exit code and JSON of a doctor on n0 over these hosts."""
     hostfile, sent = folder / "hosts.txt", folder / "env"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in names.split()))
-    sent.write_text("".join(f"{key}={value}\n" for key, value in (CPU_RANKS | {"GLOO_SOCKET_IFNAME": "eth0"}).items()))
+    # Not the machine's own folder of compiled operations, where killed builds may have left their locks.
+    variables = CPU_RANKS | {"GLOO_SOCKET_IFNAME": "eth0", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    sent.write_text("".join(f"{key}={value}\n" for key, value in variables.items()))
     command = [sys.executable, "-m", "fullft.cli", "doctor", *arguments, "--hostfile", str(hostfile), "--json"]
     environment = {"DS_ENV_FILE": str(sent), "PYTHONPATH": str(REPOSITORY)}
+    environment["TORCH_EXTENSIONS_DIR"] = variables["TORCH_EXTENSIONS_DIR"]
     done = ssh.run_on("n0", *command, env=environment, cwd=folder, check=False)
     assert done.stdout.startswith("{"), done.stdout + done.stderr
     return done.returncode, json.loads(done.stdout)
