@@ -35,7 +35,9 @@ KINDS = ("gather", "reduce_scatter")
 # Each module's weights are let go as it ends, as those of large models are; or what `auto` comes to for so small a one.
 LIMITS = ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size")
 SIZES: dict[str, dict[str, Any]] = {"let go": dict.fromkeys(LIMITS, 0), "auto": dict.fromkeys(LIMITS, "auto")}
-WAYS = [("let go", "none"), ("let go", "full"), ("auto", "none")]  # sizes, checkpointing; the first is limited
+SIZES["hpZ"] = SIZES["let go"] | {"zero_hpz_partition_size": "auto"}
+# Sizes, checkpointing, micro-batches of a step; the first is limited. hpZ where hosts have several ranks.
+WAYS = [("let go", "none", 1), ("let go", "full", 1), ("auto", "none", 1), ("hpZ", "none", 1), ("hpZ", "none", 3)]
 
 
 def main() -> None:
@@ -67,6 +69,8 @@ def measure(folder: Path, hosts: int, per_host: int, limits: list[int]) -> dict[
     ranks, steps = hosts * per_host, []
     with Network(folder / "network", [f"n{number}" for number in range(hosts)]) as network:
         for way in WAYS:
+            if way[0] == "hpZ" and per_host == 1:
+                continue
             with contextlib.ExitStack() as stack:  # DeepSpeed's settings stay in a process
                 do = start(stack, network, folder, per_host)
                 # Over what a ring's ranks receive: (N - 1) / N of it.
@@ -85,12 +89,14 @@ def measure(folder: Path, hosts: int, per_host: int, limits: list[int]) -> dict[
     return {"received_over_a_ring's": gloo, "steps": steps}
 
 
-def row(way: tuple[str, str], limit: int | None, measured: Any, wanted: float, fast: Any, rate: float | None) -> Any:
+def row(
+    way: tuple[str, str, int], limit: int | None, measured: Any, wanted: float, fast: Any, rate: float | None
+) -> Any:
     """Measured and planned. rate: bytes/s of a gather by itself over the limited cables."""
     from fullft.planner import speed
 
     found = {
-        "sizes": way[0], "checkpointing": way[1], "mbit": limit, "planned_bytes": wanted,
+        "sizes": way[0], "checkpointing": way[1], "micro_batches": way[2], "mbit": limit, "planned_bytes": wanted,
         "received_bytes": received(measured), "bytes_error": wanted / received(measured) - 1,
         "seconds": seconds(measured), "all_seconds": measured[0]["all_seconds"],
     }  # fmt: skip
@@ -213,8 +219,10 @@ def collective(kind: str, ranks: int) -> Any:
     return lambda: dist.reduce_scatter_tensor(part, whole)
 
 
-def build(folder: Path, sizes: str, mode: str, ranks: int, per_host: int) -> tuple[Any, dict[str, float]]:
-    """A step of one micro-batch, and the bytes by kind that a host receives in it by the plan."""
+def build(
+    folder: Path, sizes: str, mode: str, micro_batches: int, ranks: int, per_host: int
+) -> tuple[Any, dict[str, float]]:
+    """A step, and the bytes by kind that a host receives in it by the plan."""
     from fullft import rehearsal
     from fullft.head import Head
     from fullft.loss import LabelWeights
@@ -231,19 +239,24 @@ def build(folder: Path, sizes: str, mode: str, ranks: int, per_host: int) -> tup
     recipe = parse_recipe({
         "run_dir": str(folder / "run"), "model": {"path": str(folder)}, "deepspeed": str(folder / "zero3.json"),
         "data": {"train": [str(folder / "none.jsonl")], "sequence_length": 128},
-        "train": {"steps": 1, "global_batch_size": ranks, "activation_checkpointing": mode, "precision": "fp32"},
+        "train": {
+            "steps": 1, "global_batch_size": micro_batches * ranks, "activation_checkpointing": mode,
+            "precision": "fp32",
+        },
     })  # fmt: skip
     setting = rehearsal.setting_to_rehearse(recipe, ranks, "cpu", per_host)
     engine, _ = rehearsal.build(recipe, setting, per_host)
     head, batch = Head(engine), rehearsal.packed_batch(setting)
-    weights = LabelWeights.of_step(setting.tokens * ranks, 0, 1.0, 0.0)
+    weights = LabelWeights.of_step(micro_batches * setting.tokens * ranks, 0, 1.0, 0.0)
 
     def step() -> None:
-        loss, *_ = head.loss(batch, weights)
-        engine.backward(loss * ranks, scale_wrt_gas=False)
+        for _ in range(micro_batches):
+            loss, *_ = head.loss(batch, weights)
+            engine.backward(loss * ranks, scale_wrt_gas=False)
         engine.step()
 
-    return step, {kind: one.network * per_host for kind, one in speed.traffic(setting).items()}
+    moved = speed.traffic(setting)
+    return step, {kind: micro_batches * one.network * per_host for kind, one in moved.items()}
 
 
 if __name__ == "__main__":
