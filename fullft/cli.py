@@ -73,7 +73,7 @@ def _before_parsers(verbs: Any) -> None:
     )
     verb.add_argument("recipe", nargs="?", help="recipe.yaml, for its data, model and run folder")
     verb.add_argument("--hostfile", type=Path, metavar="HOSTS", help="examine these hosts by ssh: `NAME slots=GPUS`")
-    verb.add_argument("--network-gbps", type=float, metavar="G", help="what a host's network should carry, Gbit/s")
+    verb.add_argument("--network-gbps", type=float, metavar="G", help="expected for each GPU (default: as planned)")
     verb.add_argument("--json", action="store_true", help="print all facts and findings as JSON")
 
     verb = verbs.add_parser(
@@ -162,7 +162,7 @@ def _submit_parser(verbs: Any) -> None:
     )
     verb.add_argument("--mount", action="append", default=[], metavar="DIR", help="seen in the container too")
     verb.add_argument("--setup", action="append", default=[], metavar="'LINE'", help="shell before training: modules")
-    verb.add_argument("--sbatch", action="append", default=[], metavar="'--OPTION'", help="further option of sbatch")
+    verb.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="of sbatch: --sbatch=--qos=high")
     verb.add_argument("--array", action="append", default=[], metavar="KEY=A,B", help="a job array over these values")
     verb.add_argument(
         "--chain", type=int, default=1, metavar="N", help="N jobs in turn, where requeueing is not allowed"
@@ -505,14 +505,18 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
             geometry(own, more * ranks)
         for warning in inputs.warnings:
             print(f"warning  {warning}")
-    if gpu is None and on_gpu:
-        print("warning  nothing is said of GPU memory without --gpu, e.g. --gpu h100-80gb", file=sys.stderr)
     job = jobs.Job(
         arguments.nodes, arguments.gpus_per_node, arguments.time, arguments.partition, arguments.account,
         arguments.cpus_per_task, arguments.network, arguments.container, tuple(arguments.mount),
         tuple(arguments.setup), arguments.chain, arguments.restarts, recipe.checkpoint.grace_seconds,
         tuple(arguments.sbatch),
     )  # fmt: skip
+    if wrong := jobs.problems(job, [arguments.recipe, recipe.run_dir, str(recipe.cache_folder), *recipe.local_paths]):
+        raise BadInput(wrong)
+    if on_gpu and not job.cpus_per_task:
+        print("warning  without --cpus-per-task a rank may have one core for all its threads", file=sys.stderr)
+    if gpu is None and on_gpu:
+        print("warning  nothing is said of GPU memory without --gpu, e.g. --gpu h100-80gb", file=sys.stderr)
     text = jobs.script(job, Path(arguments.recipe), overrides, recipe.run_dir, sweep)
     if arguments.dry_run:
         print(text, end="")
@@ -521,7 +525,8 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
     numbers = jobs.submit(file, arguments.chain)
     print(f"submitted  {', '.join(numbers)} by {file}")
     print(f"watch      squeue -j {','.join(numbers)}; tail -F {shlex.quote(str(file.parent))}/{numbers[0]}*.log")
-    print(f"cancel     scancel {' '.join(numbers)}; to save first: scancel --signal=USR1 {numbers[0]}")
+    print(f"cancel     scancel {' '.join(numbers)}; it saves if that takes less than KillWait, else first:")
+    print(f"           scancel --signal=USR1 --batch {numbers[0]}, which saves and puts it back into the queue")
     print(f"resume     sbatch {shlex.quote(str(file))}")
 
 

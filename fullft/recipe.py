@@ -522,6 +522,17 @@ class Recipe(Section):
         return Path(self.run_dir)
 
     @property
+    def local_paths(self) -> list[str]:
+        """Of model and data, as far as they are files or folders here."""
+        sets = [
+            *self.data.training_sets,
+            *self.data.validation,
+            *(one.data for one in self.retention.tasks if one.data),
+        ]
+        paths = [self.model.path, *(re.sub(r"[^/]*[*?\[].*", "", source.path) or "." for source in sets)]  # of a glob
+        return [one for one in paths if Path(one).exists()]
+
+    @property
     def cache_folder(self) -> Path:
         return Path(self.data.cache_dir) if self.data.cache_dir else self.run_folder.parent / "cache"
 

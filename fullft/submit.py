@@ -42,13 +42,16 @@ _NETWORKS: dict[str, list[tuple[str, str]]] = {
     ],
     "gcp": [
         ('export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:-}"', "the next two add to it, and fail where it is not set"),
-        ("if [ -e /usr/local/gib/scripts/set_nccl_env.sh ]; then  # A3 Ultra, A4: RDMA", ""),
-        ("  . /usr/local/gib/scripts/set_nccl_env.sh; export NCCL_NET=gIB", "fail rather than fall back to TCP"),
+        ("gib=/usr/local/gib; [ -e $gib ] || gib=/var/lib/gib", ""),
+        ("if [ -e $gib/scripts/set_nccl_env.sh ]; then  # A3 Ultra, A4: RDMA", ""),
+        ("  . $gib/scripts/set_nccl_env.sh; export NCCL_NET=gIB", "fail rather than fall back to TCP"),
+        ('  export LD_LIBRARY_PATH="$gib/lib64:$LD_LIBRARY_PATH"', "NCCL's plugin"),
         ("elif [ -e /var/lib/tcpxo/lib64/nccl-env-profile.sh ]; then  # A3 Mega: GPUDirect-TCPXO", ""),
         ("  export NCCL_LIB_DIR=/var/lib/tcpxo/lib64; . $NCCL_LIB_DIR/nccl-env-profile.sh", "where its libraries are"),
         ("  export NCCL_SOCKET_IFNAME=enp0s12 NCCL_FASTRAK_CTRL_DEV=enp0s12", "for the first contact"),
         ("  export NCCL_FASTRAK_IFNAME=enp6s0,enp7s0,enp13s0,enp14s0,enp134s0,enp135s0,enp141s0,enp142s0", "the data"),
         ("  export NCCL_FASTRAK_LLCM_DEVICE_DIRECTORY=/dev/aperture_devices", "to be mounted into a container"),
+        ('else echo "no NCCL plugin of Google on this node; --network plain goes over TCP" >&2; exit 1', ""),
         ("fi", ""),
     ],
     "azure": [
@@ -97,6 +100,32 @@ def counts(nodes: str) -> range:
     return numbers
 
 
+def seconds(time: str) -> float | None:
+    """Of a limit as Slurm reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None: it is none of these, e.g. UNLIMITED."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if found is None:
+        return None
+    days, *rest = (int(one) if one else 0 for one in found.groups())
+    hours, minutes, left = rest if found[1] or found[4] else (0, *rest[:2])
+    return 86400 * days + 3600 * hours + 60 * minutes + left
+
+
+def problems(job: Job, paths: list[str]) -> list[str]:
+    """What would go wrong on the nodes only. `paths`: local files and folders that the run uses."""
+    found = []
+    limit = seconds(job.time) if job.time else None
+    if limit is not None and limit < job.grace_seconds + 120:
+        found.append(
+            f"--time: {job.time} is too short: the ranks are told to save {job.grace_seconds:g} s before it "
+            "(checkpoint.grace_seconds), and would never get further"
+        )
+    seen = [Path.cwd(), *(Path(one.split(":")[0]).absolute() for one in job.mounts)]
+    lacking = [one for one in paths if not any(Path(one).absolute().is_relative_to(folder) for folder in seen)]
+    if job.container and lacking:
+        found.append(f"--container: {', '.join(lacking)} is not seen in it; give --mount for it, or its folder")
+    return found
+
+
 def points(sweep: list[str]) -> list[list[str]]:
     """`key=a,b` and `key2=c,d` → the overrides of every combination; [[]] without any.
 
@@ -142,7 +171,7 @@ def script(job: Job, config: Path, overrides: list[str], run_dir: str, sweep: li
         + shlex.quote(f"{folder / FILE}"),
     ]
     lines += [*_point_lines(run_dir, overrides, sweep), "", *_environment(job), "", *_start(job, config), ""]
-    return "\n".join([*lines, _END_CHAINED if job.chain > 1 else _END.format(restarts=job.restarts)])
+    return "\n".join([*lines, _END_CHAINED if job.chain > 1 else _END.replace("RESTARTS", str(job.restarts))])
 
 
 FILE = "train.sbatch"
@@ -198,7 +227,8 @@ def _start(job: Job, config: Path) -> list[str]:
     words = [one if '"' in one else shlex.quote(one) for one in command]
     return [
         # Not before: modules, conda and the scripts of clouds use variables that are not set.
-        'set -u; marker=$(stat -c %y "$run/REQUEUE" 2> /dev/null)',
+        'set -u; changed() { stat -c %y "$run/$1" 2> /dev/null; }',
+        "marker=$(changed REQUEUE); state=$(changed state.json)",
         f"srun {' '.join(options)} \\",
         f'  {" ".join(words)} --config {shlex.quote(str(config))} "${{overrides[@]}}" &',
         "ranks=$!",
@@ -214,18 +244,31 @@ while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; code=$?; done  # a signal
 
 status=$(sed -n 's/.*"status": *"\\([a-z]*\\)".*/\\1/p' "$run/state.json" 2> /dev/null | head -n 1)
 echo "run $run: ${status:-not started}, exit code of srun $code"
+if [ "$status" = done ]; then exit 0; fi
 """
 _END = (
-    _WAIT.replace("{", "{{").replace("}", "}}")
+    _WAIT
     + """\
-if [ "$status" = done ]; then exit 0; fi
-if [ -e "$run/REQUEUE" ] && [ "$(stat -c %y "$run/REQUEUE")" != "$marker" ]; then
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
-elif {{ [[ "$status:$code" =~ ^failed:|^running:137$ ]] || [ -e "$run/REQUEUE" ]; }} &&
-  [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; then
+[ "$(changed state.json)" != "$state" ] || status=''  # of an earlier job
+
+again() {  # unless it was cancelled
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}  # not the whole array
+  scontrol --oneliner show job "$job" | grep -q JobState=CANCELLED || { scontrol requeue "$job" && sleep 60; }
+}
+may_fail() {  # so often in a row without a further step, since it was submitted
+  step=$(sed -n 's/.*"step": *\\([0-9]*\\).*/\\1/p' "$run/state.json" 2> /dev/null | head -n 1); step=${step:-0}
+  failures=0; at=0
+  if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then read -r failures at 2> /dev/null < "$run/slurm/failures"; fi
+  if [ "$step" -gt "$at" ]; then failures=0; fi
+  mkdir -p "$run/slurm" && echo "$((failures + 1)) $step" > "$run/slurm/failures"
+  [ "$failures" -lt RESTARTS ]
+}
+if [ -e "$run/REQUEUE" ] && [ "$(changed REQUEUE)" != "$marker" ]; then
+  again
+elif { [[ "$status:$code" =~ ^failed:|^running:(13[0-9]|14[0-3])$ ]] || [ -e "$run/REQUEUE" ]; } && may_fail; then
   # A lost GPU or a broken link, ranks that were killed and could say nothing, or that could not start again; it goes on
   # from the newest checkpoint. A run that can't go on says `stopped`.
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  again
 fi
 exit $((code > 0 ? code : 1))
 """
@@ -234,7 +277,6 @@ _END_CHAINED = (
     _WAIT
     + """\
 # The next job of the chain goes on, and ends at once if there is nothing left to do.
-if [ "$status" = done ]; then exit 0; fi
 exit $((code > 0 ? code : 1))
 """
 )

@@ -15,7 +15,7 @@ from fullft.doctor.findings import Examined, findings
 from fullft.errors import BadInput
 
 GPU = {
-    "index": "0", "name": "NVIDIA H100", "driver_version": "550.54", "memory.total": "81559", "memory.used": "4",
+    "index": "0", "name": "NVIDIA Unknown", "driver_version": "550.54", "memory.total": "81559", "memory.used": "4",
     "temperature.gpu": "40", "ecc.errors.uncorrected.volatile.total": "0",
     "clocks_throttle_reasons.hw_thermal_slowdown": "Not Active", "clocks.applications.graphics": "[N/A]",
 }  # fmt: skip
@@ -79,7 +79,20 @@ def test_the_odd_host_is_named(facts: list[dict[str, Any]]) -> None:
 def test_a_slow_host_is_told_from_a_slow_link(facts: list[dict[str, Any]]) -> None:
     assert [one[:2] for one in told(facts, ring(100, 50, 50, 100))] == [("warning", "n2")]
     assert [one[:2] for one in told(facts, ring(100, 9, 100, 100))] == [("error", "n1 n2")]
-    assert "--network-gbps says 400" in told(facts, ring(100, 100, 100, 100), network_gbps=400)[0][2]
+    (slow,) = told(facts, ring(100, 100, 100, 100), network_gbps=500)
+    assert (slow[0], "--network-gbps says 500 for each" in slow[2]) == ("error", True)
+    # Of eight GPUs of a host, which all measure, and of one.
+    all_of_host = [link for link in ring(400, 400, 400, 400) for _ in range(8)]
+    assert told(facts, all_of_host, network_gbps=100)[0][0] == "warning"
+    assert told(facts, ring(400, 400, 400, 400), network_gbps=500) == []
+
+
+def test_a_network_slower_than_planned_is_told(facts: list[dict[str, Any]]) -> None:
+    for one in facts:
+        one["gpus"] = [GPU | {"name": "NVIDIA H100 80GB HBM3"}]
+    (slow,) = told(facts, ring(10, 10, 10, 10))
+    assert (slow[0], "fullft plan assumes 400 for each" in slow[2]) == ("warning", True)
+    assert told(facts, ring(350, 350, 350, 350)) == []
 
 
 def test_broken_links_clocks_and_folders_apart_are_named(facts: list[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from test_launch import ON_HOSTS, skip_if
 
 from fullft.cli import main
 from fullft.errors import BadInput
-from fullft.submit import NETWORKS, TRAIN, TRAIN_OF_IMAGE, Job, counts, points, run_dir_of, script
+from fullft.submit import NETWORKS, TRAIN, TRAIN_OF_IMAGE, Job, counts, points, problems, run_dir_of, script, seconds
 
 Submit = Callable[..., str]
 
@@ -114,6 +114,118 @@ def test_what_slurm_or_the_recipe_refuses_is_told_and_nothing_is_submitted(
     assert not Path(recipe["run_dir"], "recipe.yaml").exists()
 
 
+# state.json before the ranks start, what they leave in it, srun's code, what else; and whether it is started again.
+ENDINGS = {
+    "done": (None, "done 9", 0, "", False),
+    "done before": ("done 9", None, 0, "", False),
+    "stopped": (None, "stopped 4", 143, "", False),
+    "preempted": ("running 1", "requeue 4", 143, "marker", True),
+    "preempted and cancelled": ("running 1", "requeue 4", 143, "marker cancelled", False),
+    "failed": ("running 1", "failed 4", 143, "", True),
+    "failed and cancelled": ("running 1", "failed 4", 143, "cancelled", False),
+    "aborted by NCCL": ("running 1", "running 4", 134, "", True),
+    "killed": ("running 1", "running 4", 137, "", True),
+    "left by a rank": ("running 1", "running 4", 1, "", False),
+    "wrong recipe after a failure": ("failed 4", None, 143, "", False),
+    "could not start after a preemption": ("requeue 4", None, 143, "old marker", True),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_is_started_again(ending: str, tmp_path: Path) -> None:
+    before, after, code, more, again = ENDINGS[ending]
+    requeued, _ = end_of_script(tmp_path, before, after, code, more)
+    assert requeued == (["requeue 7"] if again else [])
+
+
+def test_failures_are_counted_until_it_gets_further(tmp_path: Path) -> None:
+    """Restarts for other reasons, of which there may be any number, do not count; nor failures before a submission."""
+    steps = [4, 4, 4, 9, 9, 9, 9]
+    said = [
+        end_of_script(tmp_path, "running 1", f"failed {step}", 143, f"restart {20 + n}") for n, step in enumerate(steps)
+    ]
+    assert [bool(requeued) for requeued, _ in said] == [True] * 6 + [False]
+    assert end_of_script(tmp_path, "running 1", "failed 9", 143)[0]
+
+
+def test_a_task_of_an_array_starts_itself_again_and_not_the_others(tmp_path: Path) -> None:
+    assert end_of_script(tmp_path, "running 1", "failed 4", 143, "array")[0] == ["requeue 7_2"]
+
+
+def end_of_script(
+    folder: Path, before: str | None, after: str | None, code: int, more: str = ""
+) -> tuple[list[str], str]:
+    """Run a job script, with programs in place of Slurm's: how it asks for another start, and what it says."""
+    run, programs = folder / "runs/r", folder / "programs"
+    for one in (run, programs):
+        one.mkdir(parents=True, exist_ok=True)
+
+    def state(words: str) -> str:
+        status, step = words.split()
+        return json.dumps({"status": status, "step": int(step)})
+
+    if before:
+        (run / "state.json").write_text(state(before))
+    if "old marker" in more:
+        (run / "REQUEUE").touch()
+    srun = [f"sleep 0.02; echo '{state(after)}' > runs/r/state.json"] if after else []
+    srun += ["sleep 0.02; touch runs/r/REQUEUE"] if more.startswith("marker") else []
+    job = f"JobState={'CANCELLED' if 'cancelled' in more else 'RUNNING'}"
+    for name, lines in {
+        "srun": [*srun, f"exit {code}"], "sleep": ['[ "$1" = 60 ] || exec /bin/sleep "$@"'],
+        "scontrol": [f'case $1 in requeue) echo "$@" >> asked;; --oneliner) echo "{job} $4";; *) echo n0;; esac'],
+    }.items():  # fmt: skip
+        (programs / name).write_text("\n".join(["#!/bin/bash", *lines, ""]))
+        (programs / name).chmod(0o755)
+    (folder / "asked").write_text("")
+    text = script(Job("2", 1), Path("r.yaml"), [], "runs/r", [[]])
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n0", "SLURM_JOB_ID": "7"}
+    if "array" in more:
+        environment |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+    if "restart" in more:
+        environment["SLURM_RESTART_COUNT"] = more.split()[1]
+    done = subprocess.run(
+        ["bash"], input=text, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert not done.stderr
+    return (folder / "asked").read_text().splitlines(), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-2", 93600), ("1-2:30", 95400), ("1-2:30:05", 95405),
+     ("UNLIMITED", None), ("soon", None)],
+)  # fmt: skip
+def test_limits_as_slurm_reads_them(time: str, expected: float | None) -> None:
+    assert seconds(time) == expected
+
+
+def test_what_would_go_wrong_on_the_nodes_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "too short" in problems(Job("1", 8, "5", grace_seconds=300), [])[0]
+    assert not problems(Job("1", 8, "1:00:00", grace_seconds=300), ["/data/x"])
+    image = Job("1", 8, container="x.sqsh", mounts=("/data", "/scratch/me:/scratch/me"))
+    assert not problems(image, ["runs/r", str(tmp_path / "r.yaml"), "/data/x", "/scratch/me"])
+    (lacking,) = problems(image, ["runs/r", "/scratch/other", "/models/8b"])
+    assert "/scratch/other, /models/8b is not seen in it" in lacking
+
+
+@pytest.mark.cluster
+def test_a_cancelled_job_stays_cancelled_and_goes_on_when_submitted_again(
+    nodes: slurm.Slurm, submit: Submit, recipe: dict[str, Any]
+) -> None:
+    recipe["train"]["steps"] = 100_000
+    recipe["checkpoint"]["every_steps"] = 100_000
+    job, folder = job_of(submit("--nodes", "2")), Path(recipe["run_dir"])
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and len(metrics(recipe)) > 2, nodes, folder)
+    nodes.run("scancel", job)
+    wait_for(lambda: not nodes.run("squeue", "--noheader").stdout.strip(), nodes, folder)
+    assert status(folder) == "requeue"
+    assert (folder / "REQUEUE").exists()
+    time.sleep(5)
+    assert not nodes.run("squeue", "--noheader").stdout.strip()
+
+
 def test_without_sbatch_it_says_where_to_run_it(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +236,9 @@ def test_without_sbatch_it_says_where_to_run_it(
     assert "run this on a login node of the cluster, or give --dry-run" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     sys.argv += ["--container", "fullft.sqsh", "--dry-run"]
+    assert main() == 2
+    assert f"{recipe['model']['path']} is not seen in it; give --mount" in capsys.readouterr().err
+    sys.argv += ["--mount", recipe["model"]["path"]]
     assert main() == 0
     assert f"  python {TRAIN_OF_IMAGE} --config {config} " in capsys.readouterr().out
 
@@ -179,7 +294,7 @@ def test_an_array_of_one_trains_where_it_was_checked() -> None:
 def test_the_template_is_what_submit_renders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     template = REPOSITORY / "launch" / "slurm" / "train.sbatch"
-    job = Job("8", 8, "24:00:00", "gpu", network="infiniband", grace_seconds=600)
+    job = Job("8", 8, "24:00:00", "gpu", cpus_per_task=12, network="infiniband", grace_seconds=600)
     text = script(job, Path("launch/recipes/llama-3.1-70b.yaml"), [], "runs/llama-3.1-70b-math", [[]])
     lines = template.read_text().splitlines(keepends=True)
     kept = "".join(line for line in lines if not line.startswith("# EDIT: "))

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from fullft.planner import hardware
+
 GIB = 2**30
 _SLOW, _BROKEN = 0.7, 0.25  # of what is expected of a link: below them it is told, or counts as broken
 
@@ -35,7 +37,7 @@ class Examined:
     facts: list[dict[str, Any]]
     links: list[dict[str, Any]] = field(default_factory=list)
     needs: dict[str, int] = field(default_factory=dict)  # of the planner: run_folder_bytes, checkpoint_bytes
-    network_gbps: float | None = None  # expected of a link
+    network_gbps: float | None = None  # expected for each GPU; None: what the planner assumes
     node_local: bool = False  # checkpoint.use_node_local_storage
 
     @property
@@ -266,10 +268,19 @@ def bandwidth(examined: Examined) -> Iterator[Finding]:
         if rate < _SLOW * usual and not slow & set(both):
             what = f"the link between them carries {rate:.3g} Gbit/s in an all-reduce, others {usual:.3g}"
             yield Finding(_how_bad(rate / usual), both, what, "the cables and switches between the two")
-    if (expected := examined.network_gbps) and usual < _SLOW * expected:
-        what = f"all-reduce between hosts carries {usual:.3g} Gbit/s, --network-gbps says {expected:g}"
+    ranks = min(Counter(link["host"] for link in examined.links).values())
+    names = [gpu["name"] for one in examined.facts for gpu in one["gpus"][:1]]
+    assumed = hardware.network_gbps(names[0]) if names else None
+    if (expected := examined.network_gbps or assumed) and usual < _SLOW * expected * ranks:
+        what = (
+            f"all-reduce between hosts carries {usual:.3g} Gbit/s with {ranks} of the GPUs of each; "
+            + ("--network-gbps says" if examined.network_gbps else "fullft plan assumes")
+            + f" {expected:g} for each"
+        )
         mend = "has NCCL fallen back to TCP? NCCL_DEBUG=INFO says NET/Socket then; `fullft submit --network`"
-        yield Finding(_how_bad(usual / expected), tuple(of_host), what, mend)
+        mend += "" if examined.network_gbps else "; if it is the network's speed, plan with --network-gbps"
+        bad = _how_bad(usual / expected / ranks) if examined.network_gbps else "warning"
+        yield Finding(bad, tuple(of_host), what, mend)
 
 
 def _how_bad(share: float) -> Literal["error", "warning"]:

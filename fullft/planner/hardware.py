@@ -85,6 +85,11 @@ def peak_tflops(device: str) -> float | None:
     return known.tflops if (known := _of_device(device)) else None
 
 
+def network_gbps(device: str) -> float | None:
+    """What the planner assumes of a GPU's network, Gb/s one way; None of a GPU that is not known."""
+    return known.network_gbps if (known := _of_device(device)) else None
+
+
 def _wrong(entry: Any) -> str:
     names = [one.name for one in fields(Gpu) if one.name != "name"]
     if not isinstance(entry, dict) or set(entry) != set(names):
