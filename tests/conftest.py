@@ -35,6 +35,26 @@ TEXTS = [
 ]
 
 
+# Files that take minutes: begun first, so that no worker is left alone with one at the end.
+LONGEST = [
+    "faults",
+    "signals",
+    "prepare",
+    "quickstart",
+    "load",
+    "long_context",
+    "export",
+    "checkpoint",
+    "run",
+    "launch",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
