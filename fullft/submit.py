@@ -237,8 +237,9 @@ def _start(job: Job, config: Path) -> list[str]:
 
 _WAIT = """\
 # Time is nearly up, or the job is to end: the ranks finish their step, save it, and leave a marker in the run folder.
-trap 'kill -USR1 "$ranks"' USR1
-trap 'kill -TERM "$ranks"' TERM
+warned='' ended=''
+trap 'warned=1; kill -USR1 "$ranks"' USR1
+trap '[ "$warned" ] || ended=1; kill -TERM "$ranks"' TERM
 wait "$ranks"; code=$?
 while kill -0 "$ranks" 2> /dev/null; do wait "$ranks"; code=$?; done  # a signal has ended the waiting, not the ranks
 
@@ -251,16 +252,18 @@ _END = (
     + """\
 [ "$(changed state.json)" != "$state" ] || status=''  # of an earlier job
 
-again() {  # unless it was cancelled
+again() {
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}  # not the whole array
-  scontrol --oneliner show job "$job" | grep -q JobState=CANCELLED || { scontrol requeue "$job" && sleep 60; }
+  # Cancelled, and not preempted: Slurm has ended it already.
+  if [ "$ended" ] && ! scontrol --oneliner show job "$job" | grep -q JobState=RUNNING; then exit 1; fi
+  scontrol requeue "$job" && sleep 60
 }
-may_fail() {  # so often in a row without a further step, since it was submitted
-  step=$(sed -n 's/.*"step": *\\([0-9]*\\).*/\\1/p' "$run/state.json" 2> /dev/null | head -n 1); step=${step:-0}
+may_fail() {  # so often in a row without a further checkpoint, since it was submitted
+  saved=$(ls "$run/checkpoints" 2> /dev/null | sed -n 's/^step-0*\\([0-9]*\\)$/\\1/p' | tail -n 1); saved=${saved:-0}
   failures=0; at=0
   if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then read -r failures at 2> /dev/null < "$run/slurm/failures"; fi
-  if [ "$step" -gt "$at" ]; then failures=0; fi
-  mkdir -p "$run/slurm" && echo "$((failures + 1)) $step" > "$run/slurm/failures"
+  if [ "$saved" -gt "$at" ]; then failures=0; fi
+  mkdir -p "$run/slurm" && echo "$((failures + 1)) $saved" > "$run/slurm/failures"
   [ "$failures" -lt RESTARTS ]
 }
 if [ -e "$run/REQUEUE" ] && [ "$(changed REQUEUE)" != "$marker" ]; then

@@ -119,10 +119,11 @@ ENDINGS = {
     "done": (None, "done 9", 0, "", False),
     "done before": ("done 9", None, 0, "", False),
     "stopped": (None, "stopped 4", 143, "", False),
-    "preempted": ("running 1", "requeue 4", 143, "marker", True),
-    "preempted and cancelled": ("running 1", "requeue 4", 143, "marker cancelled", False),
+    "preempted": ("running 1", "requeue 4", 143, "marker SIGTERM RUNNING", True),
+    "at its limit": ("running 1", "requeue 4", 143, "marker SIGUSR1 SIGTERM COMPLETING", True),
+    "cancelled while it saves": ("running 1", "requeue 4", 143, "marker SIGTERM COMPLETING", False),
     "failed": ("running 1", "failed 4", 143, "", True),
-    "failed and cancelled": ("running 1", "failed 4", 143, "cancelled", False),
+    "failed and cancelled": ("running 1", "failed 4", 143, "SIGTERM COMPLETING", False),
     "aborted by NCCL": ("running 1", "running 4", 134, "", True),
     "killed": ("running 1", "running 4", 137, "", True),
     "left by a rank": ("running 1", "running 4", 1, "", False),
@@ -140,12 +141,13 @@ def test_what_is_started_again(ending: str, tmp_path: Path) -> None:
 
 def test_failures_are_counted_until_it_gets_further(tmp_path: Path) -> None:
     """Restarts for other reasons, of which there may be any number, do not count; nor failures before a submission."""
-    steps = [4, 4, 4, 9, 9, 9, 9]
-    said = [
-        end_of_script(tmp_path, "running 1", f"failed {step}", 143, f"restart {20 + n}") for n, step in enumerate(steps)
-    ]
-    assert [bool(requeued) for requeued, _ in said] == [True] * 6 + [False]
-    assert end_of_script(tmp_path, "running 1", "failed 9", 143)[0]
+    ends = []
+    for number, saved in enumerate([4, 4, 4, 10, 10, 10, 10]):
+        (tmp_path / f"runs/r/checkpoints/step-{saved:08d}").mkdir(parents=True, exist_ok=True)
+        requeued, _ = end_of_script(tmp_path, "running 1", "failed 11", 143, f"restart {number + 9}")
+        ends.append(bool(requeued))
+    assert ends == [True] * 6 + [False]
+    assert end_of_script(tmp_path, "running 1", "failed 11", 143)[0]
 
 
 def test_a_task_of_an_array_starts_itself_again_and_not_the_others(tmp_path: Path) -> None:
@@ -168,9 +170,11 @@ def end_of_script(
         (run / "state.json").write_text(state(before))
     if "old marker" in more:
         (run / "REQUEUE").touch()
-    srun = [f"sleep 0.02; echo '{state(after)}' > runs/r/state.json"] if after else []
+    srun = ["trap '' TERM USR1"]
+    srun += [f"kill -{one[3:]} $PPID; sleep 0.05" for one in ("SIGUSR1", "SIGTERM") if one in more]
+    srun += [f"sleep 0.02; echo '{state(after)}' > runs/r/state.json"] if after else []
     srun += ["sleep 0.02; touch runs/r/REQUEUE"] if more.startswith("marker") else []
-    job = f"JobState={'CANCELLED' if 'cancelled' in more else 'RUNNING'}"
+    job = f"JobState={'COMPLETING' if 'COMPLETING' in more else 'RUNNING'}"
     for name, lines in {
         "srun": [*srun, f"exit {code}"], "sleep": ['[ "$1" = 60 ] || exec /bin/sleep "$@"'],
         "scontrol": [f'case $1 in requeue) echo "$@" >> asked;; --oneliner) echo "{job} $4";; *) echo n0;; esac'],
