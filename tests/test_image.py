@@ -244,7 +244,8 @@ for op in ops:
 print(json.dumps([torch.version.cuda, torch.cuda.nccl.version(), ops]))
 """
     with Containers(tmp_path, name) as containers:
-        containers.start("ops", "python", "-c", program)
+        # Else DeepSpeed would compile them for the CPU.
+        containers.start("ops", "python", "-c", program, options=("-e", "DS_ACCELERATOR=cuda"))
         assert containers.wait("ops", 300) == 0, containers.output("ops")
         cuda, nccl, ops = json.loads(containers.output("ops").splitlines()[-1])
     assert (cuda[:3], nccl[0]) == ("13.", 2)
