@@ -511,7 +511,8 @@ def submit(arguments: argparse.Namespace, overrides: list[str]) -> None:
         tuple(arguments.setup), arguments.chain, arguments.restarts, recipe.checkpoint.grace_seconds,
         tuple(arguments.sbatch),
     )  # fmt: skip
-    if wrong := jobs.problems(job, [arguments.recipe, recipe.run_dir, str(recipe.cache_folder), *recipe.local_paths]):
+    folders = [jobs.run_dir_of(recipe.run_dir, point) for point in sweep] + [str(recipe.cache_folder)]
+    if wrong := jobs.problems(job, [arguments.recipe, *folders, *recipe.local_paths]):
         raise BadInput(wrong)
     if on_gpu and not job.cpus_per_task:
         print("warning  without --cpus-per-task a rank may have one core for all its threads", file=sys.stderr)

@@ -394,13 +394,24 @@ def is_shared(folder: Path) -> bool:
 
 def available_host_memory() -> int:
     """Bytes of memory that this host, and every control group (container, Slurm step) this process is in, has left."""
-    limits = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    return max(0, min(left for _, left in _host_memory()))
+
+
+def host_memory() -> int:
+    """Bytes of memory that this host and its control groups allow: the same for all ranks of a node, at any time."""
+    return min(allowed for allowed, _ in _host_memory())
+
+
+def _host_memory() -> list[tuple[int, int]]:
+    """(bytes that are allowed, bytes that are left) of the host and of each control group with a limit."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    limits = [(os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page)]
     try:
         information = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits = [int(information["MemAvailable"].split()[0]) * 1024]
+        limits = [(limits[0][0], int(information["MemAvailable"].split()[0]) * 1024)]
         groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
     except (OSError, ValueError, KeyError):  # not Linux
-        return limits[0]
+        return limits
     for _, controllers, path in groups:
         if controllers == "memory":  # version 1
             root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
@@ -416,8 +427,8 @@ def available_host_memory() -> int:
             except (OSError, ValueError):  # not there, or "max": no limit
                 continue
             cache = int(statistics.get("total_inactive_file", statistics.get("inactive_file", 0)))  # given up at need
-            limits.append(limit - used + cache)
-    return max(0, min(limits))
+            limits.append((limit, limit - used + cache))
+    return limits
 
 
 def host_report() -> dict[str, str]:

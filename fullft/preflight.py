@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fullft import activations, engine, kernels, model
 from fullft.checkpoint import newest
-from fullft.cluster import available_host_memory
+from fullft.cluster import host_memory
 from fullft.data.batches import Batches, Geometry
 from fullft.data.sources import source_files
 from fullft.data.training import build_batches, open_data, unlikely
@@ -72,7 +72,7 @@ def preflight(
     """
     gpus = torch.cuda.is_available() if on_gpu is None else on_gpu
     here = hardware.here() if gpus and gpu is None else None
-    node_gib = available_host_memory() / planner.GIB if here else None
+    node_gib = host_memory() / planner.GIB if here else None
     gpu = gpu or here
     config, meta, tokenizer, attention, file = _parts(recipe, world_size, ranks_per_node, gpus, gpu, node_gib)
     problems = Problems()

@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fullft.cluster import available_host_memory, exit_now
+from fullft.cluster import exit_now, host_memory
 from fullft.errors import EXIT_BAD_INPUT, BadInput, Problems
 from fullft.recipe import Recipe, parse_recipe
 
@@ -119,7 +119,7 @@ def setting_to_rehearse(recipe: Recipe, world_size: int, device: str, gpus_per_n
     bf16, here = model.precision(recipe, gpu) == torch.bfloat16, hardware.here() if gpu else None
     fused = kernels.choose(recipe, meta.config, gpu)[0]
     if recipe.deepspeed == "auto":
-        node = available_host_memory() / 2**30 if here else None
+        node = host_memory() / 2**30 if here else None
         recipe, _ = choose.file(recipe, meta, here, world_size, gpus_per_node, node_gib=node, bf16=bf16, kernels=fused)
     setting = setting_of(recipe, meta, world_size, min(gpus_per_node, world_size), bf16=bf16, kernels=fused)
     if str((setting.zero.get("offload_param") or {}).get("device")) == "nvme":

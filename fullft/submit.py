@@ -119,7 +119,8 @@ def problems(job: Job, paths: list[str]) -> list[str]:
             f"--time: {job.time} is too short: the ranks are told to save {job.grace_seconds:g} s before it "
             "(checkpoint.grace_seconds), and would never get further"
         )
-    seen = [Path.cwd(), *(Path(one.split(":")[0]).absolute() for one in job.mounts)]
+    mounts = [one.split(":") for one in job.mounts]  # those with another name in the container do not help
+    seen = [Path.cwd(), *(Path(source).absolute() for source, *there in mounts if there[:1] in ([], [source]))]
     lacking = [one for one in paths if not any(Path(one).absolute().is_relative_to(folder) for folder in seen)]
     if job.container and lacking:
         found.append(f"--container: {', '.join(lacking)} is not seen in it; give --mount for it, or its folder")

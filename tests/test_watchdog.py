@@ -94,18 +94,19 @@ def failure(recipe: dict[str, Any]) -> str:
 
 
 @pytest.mark.ranks
-def test_a_frozen_rank_is_named_and_the_launcher_ends_it(long_recipe: dict[str, Any], run: Run) -> None:
-    """Rank 0, which has the store of the process group. The other one hangs in a collective; torchrun kills what does
-    not end by SIGTERM."""
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_rank_is_named_and_the_launcher_ends_it(long_recipe: dict[str, Any], run: Run, frozen: int) -> None:
+    """The other one hangs in a collective; torchrun kills what does not end by SIGTERM."""
     run.start(*torchrun(ranks=2), "--shutdown-timeout", "5", *arguments(long_recipe))
     wait_for(lambda: has_steps(long_recipe), "steps")
-    run.rank(0).suspend()
+    run.rank(frozen).suspend()
     assert run.wait(200) != 0
     run.assert_nothing_left()
-    assert f"rank 0 ({socket.gethostname()}) did not answer: frozen or dead" in run.output
-    assert f"rank 0 ({socket.gethostname()}) did not answer" in failure(long_recipe)
+    awake = 1 - frozen
+    assert f"rank {frozen} ({socket.gethostname()}) did not answer: frozen or dead" in run.output
+    assert f"rank {frozen} ({socket.gethostname()}) did not answer" in failure(long_recipe)
     (stacks,) = (Path(long_recipe["run_dir"]) / "hang").glob("*/rank-*.txt")
-    assert stacks.name == "rank-00001.txt"
+    assert stacks.name == f"rank-{awake:05d}.txt"
     assert "trainer.py" in stacks.read_text()  # the main thread's stack
 
 

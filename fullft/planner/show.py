@@ -56,13 +56,14 @@ def _require_numbers(asked: Namespace) -> None:
     numbers = {
         "--nodes": asked.nodes, "--gpus-per-node": asked.gpus_per_node, "--tokens": asked.tokens,
         "--price-per-gpu-hour": asked.price_per_gpu_hour, "--network-gbps": asked.network_gbps,
-        "--efficiency": asked.efficiency,
     }  # fmt: skip
     wrong = [
-        f"{name}: {value} must be above 0{' and at most 1' if name == '--efficiency' else ', and a number'}"
+        f"{name}: {value} must be above 0, and a number"
         for name, value in numbers.items()
-        if value is not None and not 0 < value < (math.inf if name != "--efficiency" else 1 + 1e-9)
+        if value is not None and not 0 < value < math.inf
     ]
+    if asked.efficiency is not None and not 0 < asked.efficiency <= 1:
+        wrong.append(f"--efficiency: {asked.efficiency} must be above 0 and at most 1")
     if wrong:
         raise BadInput(wrong)
 
